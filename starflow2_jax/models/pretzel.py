@@ -1,0 +1,299 @@
+"""STARFlow2: a frozen VLM and a deep autoregressive flow over one causal row, coupled by two skips.
+
+    u = f_S(x)                                                shallow flow, image by image
+    e = embed(token)   | embed(image_pad) + adapter(u)        TEXT | LATENT
+    y = VLM(e)
+    h = P_text y       | P_u u + W_vlm y                      TEXT | LATENT
+    g = Deep(h)
+    next token:  softmax(LM(y + W_flow g))  |  N(mu(g), sigma(g)^2)
+
+STARFlow2 (arXiv 2605.08029). Letters: B rows, T positions, I images per row, N tokens per image,
+C latent channels, V vocabulary, Dv VLM width, Df flow width, S shallow blocks.
+"""
+
+import dataclasses
+import enum
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from starflow2_jax.models.flow import (
+    DeepBlock,
+    FlowConfig,
+    ShallowFlow,
+    standard_normal_log_prob,
+)
+from starflow2_jax.models.qwen2_5_vl import LanguageModelConfig, Qwen25VL, qwen2_5_vl_7b
+from starflow2_jax.nn import decoder, layers
+from starflow2_jax.nn.attention import AttentionSpec
+
+
+class Kind(enum.IntEnum):
+    """What a position holds."""
+
+    PAD = 0
+    TEXT = 1
+    LATENT = 2
+    VIT = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """Ids that the model itself knows of."""
+
+    vision_start: int
+    vision_end: int
+    image_pad: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PretzelConfig:
+    """Shape of the whole model; `dtype` is the compute dtype of both streams."""
+
+    vlm: LanguageModelConfig
+    flow: FlowConfig
+    special: SpecialTokens
+    dtype: str = "bfloat16"
+
+
+QWEN_SPECIAL_TOKENS = SpecialTokens(
+    vision_start=151652, vision_end=151653, image_pad=151655, end=151645
+)
+
+
+def starflow2_3_6b() -> PretzelConfig:
+    """The paper's model: 3.6 B trainable parameters on Qwen2.5-VL-7B."""
+    flow = FlowConfig(
+        channels=32, side=16, width=3072, head_dim=64, deep_layers=24, shallow_layers=(4, 4),
+        shallow_orders=("keep", "flip"), remat="full",
+    )
+    return PretzelConfig(qwen2_5_vl_7b(), flow, QWEN_SPECIAL_TOKENS)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A batch of rows.
+
+    Attributes:
+        tokens: int32 [B, T]; image_pad at LATENT, anything at PAD.
+        kinds: int32 [B, T], values of `Kind`.
+        positions: int32 [3, B, T] (time, row, column), restarting at 0 in each segment.
+        segments: int32 [B, T]; documents packed into one row, from 1; 0 at PAD.
+        text_loss_mask: bool [B, T], at the target: this token's -log p is trained.
+        image_start: int32 [B, I], index of an image's first LATENT; -1 = no such image.
+        image_loss_mask: bool [B, I]: this image's likelihood is trained.
+    """
+
+    tokens: jax.Array
+    kinds: jax.Array
+    positions: jax.Array
+    segments: jax.Array
+    text_loss_mask: jax.Array
+    image_start: jax.Array
+    image_loss_mask: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Which couplings are computed; the others are zero."""
+
+    adapter: bool = True
+    skips: bool = True
+    deep: bool = True
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Streams:
+    """Both streams over T positions: e, y [B, T, Dv]; h, g [B, T, Df] (None where deep is off)."""
+
+    e: jax.Array
+    y: jax.Array
+    h: jax.Array | None
+    g: jax.Array | None
+    caches: dict[str, decoder.Cache] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """What one parallel pass says of the rows; nats.
+
+    Attributes:
+        streams: hidden states of both streams.
+        shallow_outputs: S arrays [B, I, N, C], raster order; the last one is u.
+        shallow_log_dets: S arrays [B, I, N, C], -log sigma, raster order.
+        z: [B, T, C] noise at LATENT positions, zero elsewhere.
+        deep_log_det: [B, T, C], -log sigma of the deep block at LATENT positions, zero elsewhere.
+        text_log_prob: [B, T], at the target: log p of each TEXT token that has a predecessor in its
+            segment, zero elsewhere.
+        image_log_prob: [B, I], log p of each latent x given all before it, with every constant.
+    """
+
+    streams: Streams
+    shallow_outputs: list[jax.Array]
+    shallow_log_dets: list[jax.Array]
+    z: jax.Array | None
+    deep_log_det: jax.Array | None
+    text_log_prob: jax.Array
+    image_log_prob: jax.Array | None
+
+
+class Adapter(nnx.Module):
+    """u into the VLM's embedding space: Linear, exact GELU, Linear with zero-initialised weights."""
+
+    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs):
+        self.up = layers.Linear(channels, width, rngs=rngs, logical=(None, "embed"))
+        self.out = layers.Linear(
+            width, width, rngs=rngs, logical=("embed", None),
+            kernel_init=layers.zeros, bias_init=layers.zeros,
+        )
+
+    def __call__(self, u: jax.Array) -> jax.Array:
+        """[..., C] -> [..., Dv]."""
+        return self.out(jax.nn.gelu(self.up(u), approximate=False))
+
+
+class Pretzel(nnx.Module):
+    """The two streams and their couplings."""
+
+    def __init__(self, config: PretzelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        vlm, flow = config.vlm, config.flow
+        self.vlm = Qwen25VL(vlm, rngs=rngs)
+        self.adapter = Adapter(flow.channels, vlm.width, rngs=rngs)
+        self.shallow = ShallowFlow(flow, rngs=rngs)
+        self.deep = DeepBlock(flow, vlm.width, rngs=rngs)
+        skip = {"rngs": rngs, "bias": False, "kernel_init": layers.zeros}
+        self.skip_vlm = layers.Linear(vlm.width, flow.width, logical=("embed", None), **skip)
+        self.skip_flow = layers.Linear(flow.width, vlm.width, logical=("embed", None), **skip)
+
+    def empty_caches(self, rows: int, slots: int) -> dict[str, decoder.Cache]:
+        """Caches of both streams for `slots` positions of `rows` rows."""
+        dtype = jnp.dtype(self.config.dtype)
+        deep = self.config.flow.decoder(self.config.flow.deep_layers)
+        return {
+            "vlm": decoder.empty_cache(self.config.vlm.decoder(), rows, slots, dtype),
+            "deep": decoder.empty_cache(deep, rows, slots, dtype),
+        }
+
+    def run(
+        self,
+        tokens: jax.Array,
+        kinds: jax.Array,
+        positions: jax.Array,
+        u: jax.Array,
+        spec: AttentionSpec,
+        parts: Parts = Parts(),
+        caches: dict[str, decoder.Cache] | None = None,
+    ) -> Streams:
+        """Feeds T positions through both streams: a whole row, a prompt, or one decode step.
+
+        Args:
+            tokens, kinds: int32 [B, T].
+            positions: int32 [3, B, T].
+            u: [B, T, C], the flow's latents at LATENT positions; ignored elsewhere.
+            spec: who sees whom among the T positions.
+            parts: what is computed.
+            caches: see `empty_caches`; None for a whole row.
+        """
+        dtype = jnp.dtype(self.config.dtype)
+        latent = (kinds == Kind.LATENT)[..., None]
+        u = u.astype(dtype)
+        e = self.vlm.embed(tokens, dtype)
+        if parts.adapter:
+            e = jnp.where(latent, e + self.adapter(u), e)
+        y, vlm_cache = self.vlm.decode(e, positions, spec, caches and caches["vlm"])
+        if not parts.deep:
+            return Streams(e, y, None, None, None)
+        visual = self.deep.proj_u(u)
+        if parts.skips:
+            visual = visual + self.skip_vlm(y)
+        h = jnp.where(latent, visual, self.deep.proj_text(y))
+        angles = self.deep.angles(positions, layers.at_least_float32(dtype))
+        g, deep_cache = self.deep.decoder(h, angles, spec, caches and caches["deep"])
+        grown = None if caches is None else {"vlm": vlm_cache, "deep": deep_cache}
+        return Streams(e, y, h, g, grown)
+
+    def logits(self, y: jax.Array, g: jax.Array | None, parts: Parts = Parts()) -> jax.Array:
+        """LM(y + W_flow g): [..., V], at least float32."""
+        if parts.deep and parts.skips:
+            y = y + self.skip_flow(g)
+        return self.vlm.logits(y)
+
+    def log_prob(self, rows: Rows, x: jax.Array, parts: Parts = Parts()) -> Likelihood:
+        """Exact log-probabilities of every image and text token of the rows.
+
+        Args:
+            rows: see `Rows`.
+            x: [B, I, N, C] latents, normalised and noised as the model was trained; at least
+                float32. Absent images may hold anything finite.
+            parts: what is computed; without the deep block no image has a likelihood.
+
+        Returns:
+            A `Likelihood`. DESIGN formula: sum over N, C of log N(z; 0, 1) - log sigma_D, plus the
+            shallow blocks' -log sigma.
+        """
+        b, i, n, c = x.shape
+        outputs, log_dets = self.shallow.forward(
+            x.reshape(b * i, n, c), jnp.dtype(self.config.dtype)
+        )
+        outputs = [o.reshape(b, i, n, c) for o in outputs]
+        log_dets = [d.reshape(b, i, n, c) for d in log_dets]
+        u = spread_images(outputs[-1], rows.image_start, rows.tokens.shape[1])
+        streams = self.run(
+            rows.tokens, rows.kinds, rows.positions, u,
+            AttentionSpec(causal=True, segments=rows.segments), parts,
+        )
+        follows = rows.segments[:, 1:] == rows.segments[:, :-1]
+        text = follows & (rows.kinds[:, 1:] == Kind.TEXT)
+        before = lambda a: None if a is None else a[:, :-1]  # noqa: E731
+        text_log_prob = _token_log_prob(
+            self.logits(before(streams.y), before(streams.g), parts), rows.tokens[:, 1:]
+        )
+        text_log_prob = jnp.pad(jnp.where(text, text_log_prob, 0.0), ((0, 0), (1, 0)))
+        z = deep_log_det = image_log_prob = None
+        if parts.deep:
+            latent = (follows & (rows.kinds[:, 1:] == Kind.LATENT))[..., None]
+            mu, sigma = self.deep.head(before(streams.g))
+            shift = ((0, 0), (1, 0), (0, 0))
+            z = jnp.pad(jnp.where(latent, (u[:, 1:] - mu) / sigma, 0.0), shift)
+            deep_log_det = jnp.pad(jnp.where(latent, -jnp.log(sigma), 0.0), shift)
+            per_position = (standard_normal_log_prob(z) + deep_log_det).sum(-1)  # [B, T]
+            inside = image_membership(rows.image_start, n, rows.tokens.shape[1])
+            image_log_prob = jnp.einsum(
+                "bit,bt->bi", inside.astype(per_position.dtype), per_position
+            ) + sum(d.sum((-1, -2)) for d in log_dets) * (rows.image_start >= 0)
+        return Likelihood(
+            streams, outputs, log_dets, z, deep_log_det, text_log_prob, image_log_prob
+        )
+
+
+def image_membership(image_start: jax.Array, tokens: int, length: int) -> jax.Array:
+    """bool [B, I, T]: position t holds a token of image i."""
+    offset = jnp.arange(length) - image_start[..., None]
+    return (image_start[..., None] >= 0) & (offset >= 0) & (offset < tokens)
+
+
+def spread_images(u: jax.Array, image_start: jax.Array, length: int) -> jax.Array:
+    """Images [B, I, N, C] at their positions of the row [B, T, C]; zeros elsewhere."""
+    b, i, n, c = u.shape
+    inside = image_membership(image_start, n, length)
+    offset = jnp.arange(length) - image_start[..., None] + n * jnp.arange(i)[:, None]
+    slot = jnp.where(inside, offset, 0).sum(1)  # [B, T]
+    spread = jnp.take_along_axis(u.reshape(b, i * n, c), slot[..., None], axis=1)
+    return jnp.where(inside.any(1)[..., None], spread, 0.0)
+
+
+def _token_log_prob(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def bits_per_dim(log_prob: jax.Array, dims: int) -> jax.Array:
+    """-log p in nats of `dims` numbers, as bits per dim."""
+    return -log_prob / (dims * math.log(2.0))

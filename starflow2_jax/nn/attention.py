@@ -1,0 +1,95 @@
+"""Grouped-query attention behind one function and one description of who sees whom.
+
+Letters: B rows, T queries of this call, M cache slots, K kv heads, G query heads per kv head, d.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from starflow2_jax.nn.layers import at_least_float32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """Who sees whom among the T positions of one call.
+
+    Attributes:
+        causal: position q sees k <= q only.
+        segments: int32 [B, T] or None; a position sees its own segment only. 0 is padding, which
+            nothing but padding sees.
+        lengths: int32 [B] or None; only the first `lengths` positions of a row exist. The others
+            are seen by none and are not written to a cache; 0 makes a row wait.
+    """
+
+    causal: bool = dataclasses.field(default=True, metadata={"static": True})
+    segments: jax.Array | None = None
+    lengths: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """One layer's cached keys and values [B, M, K, d], of which the first length [B] are real."""
+
+    k: jax.Array
+    v: jax.Array
+    length: jax.Array
+
+
+def _visible(spec: AttentionSpec, rows: int, size: int) -> jax.Array:
+    """Mask [B or 1, T, T] of the spec: query, key."""
+    index = jnp.arange(size)
+    mask = jnp.ones((1, size, size), bool)
+    if spec.causal:
+        mask = index[:, None] >= index[None, :]
+        mask = mask[None]
+    if spec.segments is not None:
+        mask = mask & (spec.segments[:, :, None] == spec.segments[:, None, :])
+    if spec.lengths is not None:
+        # A position that does not exist still sees itself: its softmax stays finite.
+        exists = index[None, :] < spec.lengths[:, None]
+        mask = mask & (exists[:, None, :] | (index[:, None] == index[None, :])[None])
+    return mask
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, past: Past | None = None
+) -> jax.Array:
+    """softmax(q k^T / sqrt(d)) v over the past, then over this call's own positions.
+
+    Args:
+        q: [B, T, K, G, d].
+        k, v: [B, T, K, d].
+        spec: visibility among the T positions; every position also sees the whole past.
+        past: cached keys and values, or None.
+
+    Returns:
+        [B, T, K, G, d] in q's dtype. Scores and softmax are in at least float32.
+
+    Raises:
+        ValueError: segments together with a past, which holds one segment by construction.
+    """
+    if past is not None and spec.segments is not None:
+        raise ValueError("a cached row is one segment: pass lengths, not segments, with a cache")
+    rows, size, _, _, d = q.shape
+    wide = at_least_float32(q.dtype)
+    smallest = jnp.finfo(wide).min
+    q = q * (1.0 / math.sqrt(d))
+
+    def scores(keys: jax.Array) -> jax.Array:
+        return jnp.einsum("btkgd,bskd->bkgts", q, keys, preferred_element_type=wide)
+
+    own = jnp.where(_visible(spec, rows, size)[:, None, None], scores(k), smallest)
+    if past is None:
+        weights = jax.nn.softmax(own, axis=-1).astype(v.dtype)
+        return jnp.einsum("bkgts,bskd->btkgd", weights, v)
+    slots = past.k.shape[1]
+    filled = jnp.arange(slots)[None, :] < past.length[:, None]  # [B, M]
+    before = jnp.where(filled[:, None, None, None], scores(past.k.astype(q.dtype)), smallest)
+    weights = jax.nn.softmax(jnp.concatenate([before, own], axis=-1), axis=-1).astype(v.dtype)
+    seen_before = jnp.einsum("bkgts,bskd->btkgd", weights[..., :slots], past.v.astype(v.dtype))
+    return seen_before + jnp.einsum("bkgts,bskd->btkgd", weights[..., slots:], v)

@@ -1,0 +1,212 @@
+"""The one transformer stack: scanned layers, with or without a key/value cache.
+
+The language model, the deep flow block and every shallow block are configurations of it.
+Letters: B rows, T positions, D width, H heads, K kv heads, G = H / K, d head width, L layers, M slots.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from starflow2_jax.nn import attention, layers, partition, rope
+
+Cache = dict[str, jax.Array]
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shape and kind of a stack.
+
+    Attributes:
+        norm: "layer" (LayerNorm), "rms" (gain = weight).
+        mlp: "gelu" (exact, two matrices) or "swiglu" (three).
+        final_norm: none, "rms" (gain = weight) or "rms_unit_offset" (gain = 1 + weight).
+        remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "full".
+    """
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    norm: Literal["layer", "rms"]
+    mlp: Literal["gelu", "swiglu"]
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    norm_epsilon: float
+    final_norm: Literal["none", "rms", "rms_unit_offset"] = "none"
+    final_norm_epsilon: float = 1e-6
+    remat: Literal["none", "dots", "full"] = "none"
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} heads do not share {self.kv_heads} kv heads evenly")
+
+
+class Attention(nnx.Module):
+    """Self-attention. Output channels of `qkv` are grouped by kv head: its G queries, its k, its v."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, stack: tuple[int, ...]):
+        self.config = config
+        groups = config.heads // config.kv_heads
+        self.qkv = layers.Linear(
+            config.width,
+            config.kv_heads * (groups + 2) * config.head_dim,
+            rngs=rngs,
+            logical=("embed", "heads"),
+            bias=config.qkv_bias,
+            stack=stack,
+        )
+        self.out = layers.Linear(
+            config.heads * config.head_dim,
+            config.width,
+            rngs=rngs,
+            logical=("heads", "embed"),
+            bias=config.out_bias,
+            stack=stack,
+        )
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rotation: tuple[jax.Array, jax.Array] | None,
+        spec: attention.AttentionSpec,
+        past: attention.Past | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        c = self.config
+        groups = c.heads // c.kv_heads
+        qkv = self.qkv(x).reshape(*x.shape[:2], c.kv_heads, groups + 2, c.head_dim)
+        qkv = partition.constrain(qkv, ("batch", "length", "heads", None, None))
+        q, k, v = qkv[..., :groups, :], qkv[..., groups, :], qkv[..., groups + 1, :]
+        if rotation is not None:
+            q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
+        # Under a sharded length every query needs every key of its row.
+        k = partition.constrain(k, ("batch", None, "heads", None))
+        v = partition.constrain(v, ("batch", None, "heads", None))
+        mixed = attention.attend(q, k, v, spec, past)  # [B, T, K, G, d]
+        return self.out(mixed.reshape(*x.shape[:2], -1)), (k, v)
+
+
+class DecoderLayer(nnx.Module):
+    """h += Attention(norm(h)); h += MLP(norm(h))."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, stack: tuple[int, ...]):
+        norm = layers.LayerNorm if config.norm == "layer" else layers.RMSNorm
+        mlp = layers.GeluMLP if config.mlp == "gelu" else layers.SwiGLU
+        norm_args: dict[str, Any] = {
+            "rngs": rngs,
+            "epsilon": config.norm_epsilon,
+            "stack": stack,
+        }
+        self.attention_norm = norm(config.width, **norm_args)
+        self.attention = Attention(config, rngs=rngs, stack=stack)
+        self.mlp_norm = norm(config.width, **norm_args)
+        self.mlp = mlp(
+            config.width, config.mlp_width, rngs=rngs, bias=config.mlp_bias, stack=stack
+        )
+
+    def __call__(self, x, rotation, spec, past):
+        mixed, kv = self.attention(self.attention_norm(x), rotation, spec, past)
+        x = x + mixed
+        x = x + self.mlp(self.mlp_norm(x))
+        return partition.constrain(x, ("batch", "length", "embed_activation")), kv
+
+
+def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
+    """A cache of `slots` positions: k, v [L, B, M, K, d] and length int32 [B]."""
+    shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
+    return {
+        "k": jnp.zeros(shape, dtype),
+        "v": jnp.zeros(shape, dtype),
+        "length": jnp.zeros((rows,), jnp.int32),
+    }
+
+
+def _append(cache: Cache, k: jax.Array, v: jax.Array, lengths: jax.Array | None) -> Cache:
+    """Writes k, v [L, B, T, K, d] behind each row's own length; a row's missing positions are dropped.
+
+    A write beyond the last slot is dropped as well: callers refuse rows that outgrow their cache.
+    """
+    rows, size = k.shape[1], k.shape[2]
+    slots = cache["k"].shape[2]
+    taken = jnp.full((rows,), size, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+    offset = jnp.arange(size, dtype=jnp.int32)
+    slot = jnp.where(
+        offset[None] < taken[:, None], cache["length"][:, None] + offset[None], slots
+    )  # [B, T]
+    row = jnp.arange(rows)[:, None]
+
+    def write(store: jax.Array, new: jax.Array) -> jax.Array:
+        return store.at[:, row, slot].set(new.astype(store.dtype), mode="drop")
+
+    return {
+        "k": write(cache["k"], k),
+        "v": write(cache["v"], v),
+        "length": cache["length"] + taken,
+    }
+
+
+class Decoder(nnx.Module):
+    """L pre-norm layers as one scan, then the final norm if there is one."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.layers = DecoderLayer(config, rngs=rngs, stack=(config.layers,))
+        self.final_norm = nnx.data(
+            None
+            if config.final_norm == "none"
+            else layers.RMSNorm(
+                config.width,
+                rngs=rngs,
+                epsilon=config.final_norm_epsilon,
+                unit_offset=config.final_norm == "rms_unit_offset",
+            )
+        )
+
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: jax.Array | None,
+        spec: attention.AttentionSpec,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Runs the stack over T positions, after those in the cache if one is given.
+
+        Args:
+            x: [B, T, D]; its dtype is the compute dtype.
+            angles: rotary angles [B or 1, T, d/2] in at least float32, or None.
+            spec: who sees whom among the T positions.
+            cache: see `empty_cache`; the layer scan only reads it, the new keys and values are
+                appended once after it.
+
+        Returns:
+            [B, T, D] and the grown cache (None if none was given).
+        """
+        rotation = None if angles is None else (jnp.cos(angles), jnp.sin(angles))
+        x = partition.constrain(x, ("batch", "length", "embed_activation"))
+
+        def body(x: jax.Array, layer_and_past: tuple) -> tuple:
+            layer, k, v = layer_and_past
+            past = None if cache is None else attention.Past(k, v, cache["length"])
+            x, kv = layer(x, rotation, spec, past)
+            return x, None if cache is None else kv
+
+        if self.config.remat != "none":
+            body = jax.checkpoint(
+                body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False
+            )
+        k, v = (None, None) if cache is None else (cache["k"], cache["v"])
+        x, new = jax.lax.scan(body, x, (self.layers, k, v))
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        return x, None if cache is None else _append(cache, *new, spec.lengths)

@@ -1,0 +1,167 @@
+"""Linear maps, embeddings, norms and MLPs.
+
+Every parameter may carry leading `stack` axes, so that layers of one kind live in one array that
+`jax.lax.scan` walks over. Axis names in `logical` metadata are those of the trailing axes.
+Letters: D model width, F MLP width.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from starflow2_jax.nn import partition
+
+Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+
+
+def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    """float32 for narrower types; float64 stays float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def uniform_fan_in(fan_in: int) -> Initializer:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the family's default for weights and biases."""
+    bound = 1.0 / math.sqrt(fan_in)
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Zero initialiser."""
+    del key
+    return jnp.zeros(shape, dtype)
+
+
+def parameter(
+    rngs: nnx.Rngs,
+    init: Initializer,
+    shape: tuple[int, ...],
+    logical: tuple[str | None, ...],
+    stack: tuple[int, ...] = (),
+) -> nnx.Param:
+    """A float32 parameter of shape `stack + shape` with logical names for the axes of `shape`."""
+    return nnx.Param(init(rngs.params(), (*stack, *shape), jnp.float32), logical=logical)
+
+
+class Linear(nnx.Module):
+    """y = x W + b, W stored [in, out], computed in x's dtype."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rngs: nnx.Rngs,
+        logical: tuple[str | None, str | None],
+        bias: bool = True,
+        stack: tuple[int, ...] = (),
+        kernel_init: Initializer | None = None,
+        bias_init: Initializer | None = None,
+    ):
+        default = uniform_fan_in(in_features)
+        self.kernel = parameter(
+            rngs, kernel_init or default, (in_features, out_features), logical, stack
+        )
+        self.bias = nnx.data(
+            parameter(rngs, bias_init or default, (out_features,), logical[1:], stack)
+            if bias
+            else None
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] -> [..., out]."""
+        kernel = self.kernel[...].astype(x.dtype)
+        # The weight gradient of a product over several leading axes is several times slower on CPU
+        # than over one; only a sharded length forbids merging them.
+        if partition.axis_extent("length") == 1:
+            y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+        else:
+            y = x @ kernel
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Affine LayerNorm over the last axis, statistics in at least float32."""
+
+    def __init__(
+        self, features: int, *, rngs: nnx.Rngs, epsilon: float = 1e-5, stack: tuple[int, ...] = ()
+    ):
+        del rngs
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones((*stack, features), jnp.float32), logical=("embed",))
+        self.bias = nnx.Param(jnp.zeros((*stack, features), jnp.float32), logical=("embed",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(at_least_float32(x.dtype))
+        centred = wide - wide.mean(-1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
+        y = centred * inverse * self.scale[...].astype(wide.dtype)
+        return (y + self.bias[...].astype(wide.dtype)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) times a gain: `weight` (Qwen) or 1 + weight (`unit_offset`, the flow family)."""
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        rngs: nnx.Rngs,
+        epsilon: float = 1e-6,
+        unit_offset: bool = False,
+        stack: tuple[int, ...] = (),
+    ):
+        del rngs
+        self.epsilon = epsilon
+        self.unit_offset = unit_offset
+        start = jnp.zeros if unit_offset else jnp.ones
+        self.weight = nnx.Param(start((*stack, features), jnp.float32), logical=("embed",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(at_least_float32(x.dtype))
+        inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
+        gain = self.weight[...].astype(wide.dtype) + float(self.unit_offset)
+        return (wide * inverse * gain).astype(x.dtype)
+
+
+class GeluMLP(nnx.Module):
+    """Linear D -> F, exact (erf) GELU, Linear F -> D."""
+
+    def __init__(
+        self, width: int, hidden: int, *, rngs: nnx.Rngs, bias: bool, stack: tuple[int, ...] = ()
+    ):
+        self.up = Linear(
+            width, hidden, rngs=rngs, logical=("embed", "mlp"), bias=bias, stack=stack
+        )
+        self.down = Linear(
+            hidden, width, rngs=rngs, logical=("mlp", "embed"), bias=bias, stack=stack
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = self.up(x)
+        hidden = partition.constrain(hidden, ("batch", "length", "mlp"))
+        return self.down(jax.nn.gelu(hidden, approximate=False))
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(
+        self, width: int, hidden: int, *, rngs: nnx.Rngs, bias: bool, stack: tuple[int, ...] = ()
+    ):
+        make = lambda i, o, names: Linear(  # noqa: E731
+            i, o, rngs=rngs, logical=names, bias=bias, stack=stack
+        )
+        self.gate = make(width, hidden, ("embed", "mlp"))
+        self.up = make(width, hidden, ("embed", "mlp"))
+        self.down = make(hidden, width, ("mlp", "embed"))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = jax.nn.silu(self.gate(x)) * self.up(x)
+        return self.down(partition.constrain(hidden, ("batch", "length", "mlp")))
