@@ -1,0 +1,1 @@
+"""The `starflow2` command."""

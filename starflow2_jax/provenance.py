@@ -1,0 +1,207 @@
+"""Where results come from: the config as JSON, the git revision, a work directory's record."""
+
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+import starflow2_jax
+from starflow2_jax.errors import UserError
+
+WORKDIR_FORMAT_VERSION = 1
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "absent"
+
+
+ABSENT = _Absent()
+"""Stands for the value of a key that one of two configs lacks."""
+
+
+def _plain(value: Any, key: str) -> Any:
+    if isinstance(value, ml_collections.ConfigDict):
+        return {name: _plain(value[name], f"{key}.{name}") for name in value}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item, f"{key}.{name}") for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{key}[{i}]") for i, item in enumerate(value)]
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, pathlib.PurePath):
+        return str(value)
+    # numpy scalars know how to become a Python number, and are no ints or floats themselves.
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    raise UserError(
+        f"{key} is {value!r} of type {type(value).__name__}; a config holds only None, bool, "
+        "finite numbers, str, lists, tuples and groups of those"
+    )
+
+
+def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """A config as plain JSON types: references resolved, tuples as lists.
+
+    Raises:
+        UserError: a value that JSON cannot hold (a function, a NaN, ...); names its key.
+    """
+    return _plain(config, "config")
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        key = f"{prefix}.{name}"
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, key)
+        else:
+            flat[key] = value
+    return flat
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The full keys in which two configs (as `to_json` gives them) differ, in sorted order.
+
+    Returns:
+        {"config.a.b": (old value, new value)}; `ABSENT` stands for a key that one side lacks.
+    """
+    a, b = _flatten(old, "config"), _flatten(new, "config")
+    pairs = {key: (a.get(key, ABSENT), b.get(key, ABSENT)) for key in sorted(a | b)}
+    # 1 == 1.0 == True in Python; in a config an int is not a bool, but may stand for a float.
+    return {
+        key: (x, y)
+        for key, (x, y) in pairs.items()
+        if x != y or isinstance(x, bool) != isinstance(y, bool)
+    }
+
+
+def git_revision() -> str | None:
+    """The commit this package runs from, with `-dirty` behind it where tracked files differ.
+
+    None where git or the repository is missing (an installed package), or git fails.
+    """
+    root = pathlib.Path(starflow2_jax.__file__).resolve().parent.parent
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(root), *args]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
+    try:
+        # An installed package may lie inside somebody else's repository, which says nothing.
+        if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Writes JSON beside `path` and renames it, so that the file is never half there.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(content, file, indent=2)
+                file.write("\n")
+            # mkstemp makes files that only their owner reads; results are for everybody.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def claim_workdir(
+    workdir: str | os.PathLike[str], config: ml_collections.ConfigDict
+) -> pathlib.Path:
+    """Makes the work directory this config's own, or checks that it already is.
+
+    A new directory gets `config.json`: format_version, package_version, git_revision (or null) and
+    config. It stays as the first run wrote it. Every process of a job may call this.
+
+    Returns:
+        The directory, absolute.
+
+    Raises:
+        UserError: the directory belongs to another config (the differing keys are listed) or to
+            another format version, cannot be written to, or is a remote address.
+    """
+    if "://" in str(workdir):
+        raise UserError(
+            f"workdir {workdir} is a remote address; give a folder of a mounted file system"
+        )
+    workdir = pathlib.Path(workdir).expanduser().absolute()
+    path = workdir / "config.json"
+    resolved = to_json(config)
+    revision = git_revision()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        text = path.read_text(encoding="utf-8") if path.exists() else None
+    except OSError as error:
+        raise UserError(f"cannot use workdir {workdir}: {error.strerror}") from error
+    if text is None:
+        record = {
+            "format_version": WORKDIR_FORMAT_VERSION,
+            "package_version": starflow2_jax.__version__,
+            "git_revision": revision,
+            "config": resolved,
+        }
+        write_json(path, record)
+        return workdir
+    try:
+        record = json.loads(text)
+        version, old = record["format_version"], record["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not the record of a run (JSON with format_version and config); "
+            "use another workdir"
+        ) from error
+    if version != WORKDIR_FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {version}, this package reads {WORKDIR_FORMAT_VERSION}; "
+            "use another workdir, or the package version that wrote it "
+            f"({record.get('package_version')})"
+        )
+    differing = differing_keys(old, resolved)
+    if differing:
+        listed = [f"{key} ({_show(x)} there, {_show(y)} now)" for key, (x, y) in differing.items()]
+        if len(listed) > 20:
+            listed[20:] = [f"and {len(listed) - 20} more"]
+        raise UserError(
+            f"{workdir} belongs to another config; differing keys: {', '.join(listed)}; "
+            "use another workdir, or the same config to continue"
+        )
+    if record.get("git_revision") != revision:
+        print(
+            f"starflow2: note: {workdir} was started at revision {record.get('git_revision')}, "
+            f"this is {revision}",
+            file=sys.stderr,
+        )
+    return workdir
