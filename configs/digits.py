@@ -1,0 +1,140 @@
+"""STARFlow2 in small on 5,000 handwritten digits, end to end on two CPU cores.
+
+    starflow2 train --config configs/digits.py --workdir runs/digits
+
+Stage 0 trains a tiny Qwen2.5-shaped language model on text and freezes it; stages 1 to 3 are the
+paper's. At the end: report.md, report.json and pictures in the work directory.
+"""
+
+import pathlib
+
+import ml_collections
+
+from starflow2_jax.bundle import Bundle
+from starflow2_jax.data.digits import DigitsData
+from starflow2_jax.evaluation.digits import ReportConfig, draw_fixed_prompts, write_report
+from starflow2_jax.model import Model, load
+from starflow2_jax.models.flow import FlowConfig
+from starflow2_jax.models.pretzel import PretzelConfig
+from starflow2_jax.models.qwen2_5_vl import LanguageModelConfig
+
+
+def get_config() -> ml_collections.ConfigDict:
+    group = ml_collections.ConfigDict
+    config = group()
+    config.smoke = False
+    config.seed = 0
+    config.cpu_devices = 2
+    config.mesh = group(dict(data=-1, fsdp=1, tensor=1, sequence=1))
+    config.log_every = 10
+    config.log_seconds = 10.0
+    config.data = group(dict(patch=7, copies=6, raw_share=0.4))
+    config.language_model = group(dict(width=128, layers=3, head_dim=32, mlp_width=384))
+    config.flow = group(dict(width=128, head_dim=32, deep_layers=6, shallow_layers=(2, 2)))
+    config.stages = group()
+    config.stages.pretrain_lm = group(
+        dict(
+            batch=dict(rows=32, length=96, images=4),
+            mixture=dict(draw=2.0, draw_inverted=1.0, nothing=0.5, read=2.0, next=2.0, invert=1.0,
+                         story=2.0),
+            optimizer=dict(steps=200, learning_rate=3e-3, warmup=30),
+        )
+    )
+    config.stages.text_to_image = group(
+        dict(
+            batch=dict(rows=64, length=24, images=1),
+            mixture=dict(draw=9.0, nothing=1.0),
+            optimizer=dict(steps=3000, learning_rate=2e-3, warmup=50, noise_start=0.25,
+                           noise_end=0.005, noise_share=0.9),
+        )
+    )
+    config.stages.image_to_text = group(
+        dict(
+            batch=dict(rows=32, length=96, images=4),
+            mixture=dict(read=1.0),
+            optimizer=dict(steps=200, learning_rate=3e-3, warmup=20),
+        )
+    )
+    config.stages.joint = group(
+        dict(
+            batch=dict(rows=32, length=96, images=4),
+            mixture=dict(draw=4.0, nothing=0.5, read=2.0, next=2.0, invert=2.0, story=2.0),
+            optimizer=dict(steps=1500, learning_rate=1e-3, warmup=30),
+        )
+    )
+    config.checkpoint = group(dict(every=500, keep_last=2))
+    config.evaluation = group(dict(every=250, batches=2, samples=1000))
+    config.report = group(
+        dict(drawings=500, stories=200, tuning=200, least_diversity=0.65, draws=2,
+             guidance=(1.0, 1.5, 2.0, 3.0), temperature=(0.8, 0.9))
+    )
+    return config
+
+
+def smoke(config: ml_collections.ConfigDict) -> None:
+    """The same code at tiny sizes."""
+    config.data.copies = 0
+    config.language_model.update(width=32, layers=2, head_dim=16, mlp_width=64)
+    config.flow.update(width=32, head_dim=16, deep_layers=2, shallow_layers=(1, 1))
+    for stage in config.stages.values():
+        stage.batch.rows = 8
+        stage.optimizer.update(steps=2, warmup=1)
+    config.log_every = 1
+    config.checkpoint.every = 1
+    config.evaluation.update(every=1, batches=1, samples=2)
+    config.report.update(
+        drawings=20, stories=8, tuning=10, draws=1, guidance=(1.0,), temperature=(0.9,)
+    )
+
+
+def make_data(config: ml_collections.ConfigDict) -> DigitsData:
+    mixtures = {name: stage.mixture.to_dict() for name, stage in config.stages.items()}
+    return DigitsData(**config.data, mixtures=mixtures, seed=config.seed)
+
+
+def make_model_config(config: ml_collections.ConfigDict, data: DigitsData) -> PretzelConfig:
+    lm, flow = config.language_model, config.flow
+    heads = lm.width // lm.head_dim
+    return PretzelConfig(
+        vlm=LanguageModelConfig(
+            vocab_size=data.tokenizer.vocab_size,
+            width=lm.width,
+            layers=lm.layers,
+            heads=heads,
+            kv_heads=max(1, heads // 2),
+            head_dim=lm.head_dim,
+            mlp_width=lm.mlp_width,
+            tied=True,
+            remat="full",
+        ),
+        flow=FlowConfig(
+            channels=config.data.patch**2,
+            side=data.image.side,
+            width=flow.width,
+            head_dim=flow.head_dim,
+            deep_layers=flow.deep_layers,
+            shallow_layers=tuple(flow.shallow_layers),
+            shallow_orders=("keep", "flip"),
+            # Recomputing is cheaper than the memory traffic of keeping, on CPU.
+            remat="full",
+        ),
+        special=data.tokenizer.special,
+        dtype="float32",
+    )
+
+
+def draw_samples(bundle: Bundle, folder: pathlib.Path, name: str) -> None:
+    draw_fixed_prompts(Model(bundle), folder, name)
+
+
+def report(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    r = config.report
+    candidates = tuple((w, t) for w in r.guidance for t in r.temperature)
+    write_report(
+        load(workdir),
+        ReportConfig(
+            drawings=r.drawings, stories=r.stories, tuning=r.tuning, candidates=candidates,
+            least_diversity=r.least_diversity, draws=r.draws, seed=config.seed,
+        ),
+        workdir,
+    )

@@ -1,0 +1,120 @@
+"""A model directory: weights, shapes, tokenizer and codec, all that sampling and evaluation need.
+
+    DIR/model.json   shapes, image size, and where the weights come from
+    DIR/weights/     every parameter, and the codec's arrays
+    DIR/tokenizer/   see `data.tokenizer`
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from starflow2_jax.data.sequences import ImageShape
+from starflow2_jax.data.tokenizer import Tokenizer, load_tokenizer
+from starflow2_jax.errors import UserError
+from starflow2_jax.models.flow import FlowConfig
+from starflow2_jax.models.patches import PatchCodec
+from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, SpecialTokens
+from starflow2_jax.models.qwen2_5_vl import LanguageModelConfig
+from starflow2_jax.provenance import write_json
+from starflow2_jax.training.checkpoint import load_tree, save_tree
+
+MODEL_FILE = "model.json"
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """What a model directory holds."""
+
+    model: Pretzel
+    codec: PatchCodec
+    tokenizer: Tokenizer
+    image: ImageShape
+    metadata: Mapping[str, Any]
+
+
+def config_from_json(record: Mapping[str, Any]) -> PretzelConfig:
+    """The inverse of `dataclasses.asdict` of a `PretzelConfig`."""
+    flow = dict(record["flow"])
+    for key in ("shallow_layers", "shallow_orders"):
+        flow[key] = tuple(flow[key])
+    return PretzelConfig(
+        vlm=LanguageModelConfig(**record["vlm"]),
+        flow=FlowConfig(**flow),
+        special=SpecialTokens(**record["special"]),
+        dtype=record["dtype"],
+    )
+
+
+def _codec_arrays(codec: PatchCodec) -> dict[str, jax.Array]:
+    return {"mean": codec.mean, "basis": codec.basis, "divisors": codec.divisors}
+
+
+def save_bundle(folder: pathlib.Path, bundle: Bundle) -> None:
+    """Writes the directory; `model.json` comes last, so a half-written one is never taken for whole."""
+    bundle.tokenizer.save(folder / "tokenizer")
+    tree = {
+        "model": nnx.to_pure_dict(nnx.state(bundle.model)),
+        "codec": _codec_arrays(bundle.codec),
+    }
+    save_tree(folder / "weights", tree, {}, overwrite=True)
+    record = {
+        "format_version": FORMAT_VERSION,
+        "model": dataclasses.asdict(bundle.model.config),
+        "image": dataclasses.asdict(bundle.image),
+        "codec": {"patch": bundle.codec.patch, "channels": bundle.codec.channels},
+        **bundle.metadata,
+    }
+    write_json(folder / MODEL_FILE, record)
+
+
+def load_bundle(folder: pathlib.Path) -> Bundle:
+    """Reads a model directory, or the work directory of a finished run.
+
+    Raises:
+        UserError: it is neither, or damaged.
+    """
+    if not (folder / MODEL_FILE).is_file() and (folder / "model" / MODEL_FILE).is_file():
+        folder = folder / "model"
+    path = folder / MODEL_FILE
+    if not path.is_file():
+        raise UserError(f"{folder}: no {MODEL_FILE}; expected a model or a finished run's workdir")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version = record["format_version"]
+        config = config_from_json(record["model"])
+        image = ImageShape(**record["image"])
+        codec_fields = record["codec"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a model description ({error})") from error
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}, this package reads {FORMAT_VERSION}")
+    tree, _ = load_tree(folder / "weights")
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Pretzel(config, rngs=nnx.Rngs(0))))
+    wanted = nnx.to_pure_dict(abstract)
+    arrays, _ = load_tree(
+        folder / "weights",
+        {
+            "model": jax.tree.map(_on_default_device, wanted),
+            "codec": jax.tree.map(_on_default_device, tree["codec"]),
+        },
+    )
+    nnx.replace_by_pure_dict(abstract, arrays["model"])
+    return Bundle(
+        model=nnx.merge(graphdef, abstract),
+        codec=PatchCodec(**arrays["codec"], **codec_fields),
+        tokenizer=load_tokenizer(folder / "tokenizer"),
+        image=image,
+        metadata=record,
+    )
+
+
+def _on_default_device(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,0 +1,310 @@
+"""A trained model for Python: what the commands, too, are made of.
+
+    from starflow2_jax import load
+    model = load("runs/digits")
+    [reply] = model.generate([[Turn("user", ("a handwritten three",))]], guidance=2.0)
+    [score] = model.log_prob([[Turn("user", ("a handwritten three",)), Turn("assistant", (image,))]])
+
+Letters: I images of a conversation, N tokens per image, C latent channels, T positions.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow2_jax.bundle import Bundle, load_bundle
+from starflow2_jax.data.pipeline import BatchShape, HostBatch, single_batch, to_rows
+from starflow2_jax.data.sequences import Document, Turn, encode_turns, unconditional_prompt
+from starflow2_jax.errors import UserError
+from starflow2_jax.models.patches import PatchCodec
+from starflow2_jax.models.pretzel import Pretzel
+from starflow2_jax.sampling import display, generate
+from starflow2_jax.sampling.prompts import Image, Row
+from starflow2_jax.sampling.state import RowSettings, row_settings
+
+Conversation = Sequence[Turn]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How to sample; every field may be one number or one per prompt.
+
+    Attributes:
+        guidance: w of classifier-free guidance of images; 0 is off.
+        image_temperature: scales the noise of the deep block.
+        temperature: of text; 0 takes the likeliest token.
+        top_p: the likeliest tokens that hold this much probability.
+        max_new_tokens: text tokens of the reply.
+        max_images: images of the reply; it ends behind the last one.
+        seed: of each prompt's random stream.
+        stop: strings that end a reply.
+    """
+
+    guidance: float | Sequence[float] = 0.0
+    image_temperature: float | Sequence[float] = 1.0
+    temperature: float | Sequence[float] = 0.0
+    top_p: float | Sequence[float] = 1.0
+    max_new_tokens: int | Sequence[int] = 64
+    max_images: int | Sequence[int] = 4
+    seed: int | Sequence[int] = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What the model answered: text pieces and images (uint8 [H, W, channels]) in order."""
+
+    parts: tuple[str | np.ndarray, ...]
+    reason: str
+
+    @property
+    def text(self) -> str:
+        """The text pieces, joined."""
+        return " ".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def images(self) -> list[np.ndarray]:
+        """The images."""
+        return [part for part in self.parts if isinstance(part, np.ndarray)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of one conversation, nats.
+
+    Attributes:
+        images: [I], log p(latents of image i | all before it).
+        bits_per_dim: [I], of the 8-bit image given all before it: an upper bound from one
+            dequantisation draw (or the mean of several).
+        text: log p of the assistant's text tokens, in order.
+    """
+
+    images: np.ndarray
+    bits_per_dim: np.ndarray
+    text: np.ndarray
+
+
+def load(folder: str | os.PathLike[str]) -> "Model":
+    """Loads a model directory, or the work directory of a finished run.
+
+    Raises:
+        UserError: it is neither, or damaged.
+    """
+    return Model(load_bundle(pathlib.Path(folder)))
+
+
+class Model:
+    """A model with its tokenizer and codec."""
+
+    def __init__(self, bundle: Bundle):
+        self.bundle = bundle
+        self.pretzel = bundle.model
+        self.tokenizer = bundle.tokenizer
+
+    def encode(self, conversation: Conversation, *, draw: bool = False) -> Document:
+        """A conversation as a prompt: the reply's turn is open, and its image too with `draw`."""
+        return encode_turns(
+            conversation, self.tokenizer, self.bundle.image, reply=True, draw=draw
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[Conversation],
+        sampling: Sampling = Sampling(),
+        *,
+        draw: bool = False,
+        context: int | None = None,
+    ) -> list[Reply]:
+        """Continues each conversation with the model's turn.
+
+        Args:
+            prompts: conversations that end with a user's turn.
+            sampling: how.
+            draw: the reply starts with an image, whatever the model would choose.
+            context: most positions of a row; default: as many as its limits allow.
+
+        Raises:
+            UserError: special tokens in a text, an image of another size, a prompt too long.
+        """
+        rows = self._rows(prompts, draw)
+        outputs = generate.generate(self.pretzel, rows, **self._options(len(rows), sampling, context))
+        drawn = [piece.u for out in outputs for piece in out.pieces if isinstance(piece, Image)]
+        pixels = iter(self.pixels(np.stack(drawn)) if drawn else ())
+        return [
+            Reply(
+                tuple(
+                    next(pixels) if isinstance(piece, Image) else self._text(piece.tokens)
+                    for piece in out.pieces
+                ),
+                out.reason,
+            )
+            for out in outputs
+        ]
+
+    def stream(
+        self,
+        prompt: Conversation,
+        sampling: Sampling = Sampling(),
+        *,
+        draw: bool = False,
+        context: int | None = None,
+    ) -> Iterator[str | np.ndarray]:
+        """Yields the reply to one conversation as it comes: pieces of text, then images."""
+        rows = self._rows([prompt], draw)
+        written: list[int] = []
+        shown = ""
+        for event in generate.stream(self.pretzel, rows, **self._options(1, sampling, context)):
+            if isinstance(event, generate.TextEvent):
+                written += event.tokens
+                # Bytes of one character may come in several tokens: show what is complete.
+                text = self._text(written)
+                if text.startswith(shown) and not text.endswith("\ufffd") and text != shown:
+                    yield text[len(shown) :]
+                    shown = text
+            elif isinstance(event, generate.ImageEvent):
+                yield self.pixels(event.u[None])[0]
+                written, shown = [], ""
+
+    def log_prob(
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        seeds: Sequence[int] | None = None,
+        draws: int = 1,
+        rows: int = 256,
+    ) -> list[Scores]:
+        """Exact log-probabilities of every image, and of the assistant's text.
+
+        Args:
+            conversations: whole ones.
+            seeds: of each conversation's dequantisation noise; default 0, 1, ...
+            draws: dequantisation draws to average over.
+            rows: conversations of one compiled batch.
+
+        Raises:
+            UserError: special tokens in a text, an image of another size.
+        """
+        documents = [
+            encode_turns(turns, self.tokenizer, self.bundle.image, where=f"conversation {i}")
+            for i, turns in enumerate(conversations)
+        ]
+        seeds = range(len(documents)) if seeds is None else seeds
+        longest = max(len(d.tokens) for d in documents)
+        most = max(1, max(len(d.images) for d in documents))
+        shape = BatchShape(min(rows, len(documents)), generate.bucket(longest, 8), most)
+        scores = []
+        for start in range(0, len(documents), shape.rows):
+            part = documents[start : start + shape.rows]
+            batch = single_batch(part, shape)
+            image_total, text_total = 0.0, 0.0
+            for draw in range(draws):
+                for row, seed in enumerate(seeds[start : start + shape.rows]):
+                    spread = np.random.SeedSequence([seed, draw]).generate_state(most)
+                    batch["image_seeds"][row] = spread
+                images, text = _score(self.pretzel, self.bundle.codec, batch)
+                image_total = image_total + np.asarray(images, np.float64) / draws
+                text_total = text_total + np.asarray(text, np.float64) / draws
+            dims = np.prod(part[0].images.shape[1:])
+            bits = np.asarray(self.bundle.codec.bits_per_dim(image_total, dims))
+            for row, document in enumerate(part):
+                count = len(document.images)
+                loss = np.flatnonzero(document.text_loss)
+                scores.append(
+                    Scores(image_total[row, :count], bits[row, :count], text_total[row, loss])
+                )
+        return scores
+
+    def pixels(self, u: np.ndarray) -> np.ndarray:
+        """Latents of the deep stream [B, N, C] -> images uint8 [B, H, W, channels]."""
+        count = len(u)
+        padded = np.resize(u, (generate.bucket(count, 4), *u.shape[1:]))
+        x = display.to_x(self.pretzel, jnp.asarray(padded))
+        return np.asarray(self.bundle.codec.to_uint8(x))[:count]
+
+    def latents(self, images: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
+        """Images uint8 [B, H, W, channels], dequantised by their seeds, -> u [B, N, C]."""
+        count = bucketed = generate.bucket(len(images), 4)
+        padded = np.resize(images, (bucketed, *images.shape[1:]))
+        numbers = np.resize(np.asarray(seeds, np.uint32), count)
+        return np.asarray(_latents(self.pretzel, self.bundle.codec, padded, numbers))[: len(images)]
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens).strip(" ")
+
+    def _rows(self, prompts: Sequence[Conversation], draw: bool) -> list[Row]:
+        documents = []
+        for i, turns in enumerate(prompts):
+            if not turns or turns[-1].role != "user":
+                raise UserError(f"prompt {i} must end with a user's turn")
+            documents.append(self.encode(turns, draw=draw))
+        images = [image for d in documents for image in d.images]
+        seeds = [i for d in documents for i in range(len(d.images))]
+        u = self.latents(np.stack(images), seeds) if images else None
+        rows, taken = [], 0
+        flow = self.pretzel.config.flow
+        for d in documents:
+            mine = (
+                u[taken : taken + len(d.images)]
+                if len(d.images)
+                else np.zeros((0, flow.tokens, flow.channels), np.float32)
+            )
+            taken += len(d.images)
+            rows.append(Row(d.tokens, d.kinds, d.positions, mine))
+        return rows
+
+    def _options(self, rows: int, sampling: Sampling, context: int | None) -> dict:
+        seed = sampling.seed
+        if isinstance(seed, int):
+            seed = [np.random.SeedSequence([seed, i]).generate_state(1)[0] for i in range(rows)]
+        settings: RowSettings = row_settings(
+            rows,
+            seed=seed,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            image_temperature=sampling.image_temperature,
+            guidance=sampling.guidance,
+            max_new_tokens=sampling.max_new_tokens,
+            max_images=sampling.max_images,
+        )
+        unconditional = None
+        if np.any(np.asarray(sampling.guidance) > 0):
+            unconditional = unconditional_prompt(self.tokenizer, self.bundle.image).tokens
+        stop = generate.Stop(sampling.stop, self.tokenizer.decode) if sampling.stop else None
+        return {
+            "settings": settings,
+            "unconditional": unconditional,
+            "stop": stop,
+            "context": context,
+        }
+
+
+def _dequantised(codec: PatchCodec, images: jax.Array, seeds: jax.Array) -> jax.Array:
+    """uint8 [B, H, W, channels] and uint32 [B] -> x [B, N, C] without training noise."""
+    draw = lambda seed: jax.random.uniform(jax.random.key(seed), images.shape[1:])
+    return codec.encode(images, jax.vmap(draw)(seeds))
+
+
+@functools.partial(jax.jit)
+def _latents(
+    model: Pretzel, codec: PatchCodec, images: jax.Array, seeds: jax.Array
+) -> jax.Array:
+    x = _dequantised(codec, images, seeds)
+    return model.shallow.forward(x, jnp.dtype(model.config.dtype))[0][-1]
+
+
+@jax.jit
+def _score(
+    model: Pretzel, codec: PatchCodec, batch: HostBatch
+) -> tuple[jax.Array, jax.Array]:
+    """log p of images [B, I] and of text tokens [B, T], nats."""
+    b, i = batch["image_seeds"].shape
+    images = batch["images"].reshape(b * i, *batch["images"].shape[2:])
+    x = _dequantised(codec, images, batch["image_seeds"].reshape(-1))
+    likelihood = model.log_prob(to_rows(batch), x.reshape(b, i, *x.shape[1:]))
+    return likelihood.image_log_prob, likelihood.text_log_prob

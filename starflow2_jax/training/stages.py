@@ -1,0 +1,56 @@
+"""The training stages: what each computes, what it trains, and on which losses.
+
+STARFlow2, section on training: the VLM never changes after stage 0, which exists only for small
+models that have no pretrained VLM.
+"""
+
+import dataclasses
+
+from flax import nnx
+
+from starflow2_jax.models.pretzel import Parts
+from starflow2_jax.training.objective import ObjectiveConfig
+
+FLOW = ("shallow", "deep")
+COUPLINGS = ("adapter", "skip_vlm", "skip_flow")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        trains: top-level parts of `Pretzel` that get gradients.
+        parts: couplings that are computed.
+        image, text: whether L_image and L_text are in the loss.
+    """
+
+    name: str
+    trains: tuple[str, ...]
+    parts: Parts
+    image: bool
+    text: bool
+
+    @property
+    def trainable(self) -> nnx.filterlib.Filter:
+        """Filter of the trained parameters."""
+        return nnx.Any(*(_first(part) for part in self.trains))
+
+    def weights(self, text: float, latent_norm: float) -> ObjectiveConfig:
+        """The weights of the losses that this stage has."""
+        return ObjectiveConfig(
+            image=float(self.image),
+            text=text if self.text else 0.0,
+            latent_norm=latent_norm if self.image else 0.0,
+        )
+
+
+def _first(part: str) -> nnx.filterlib.Predicate:
+    return lambda path, value: path[0] == part
+
+
+PRETRAIN_LM = Stage("pretrain_lm", ("vlm",), Parts(False, False, False), image=False, text=True)
+TEXT_TO_IMAGE = Stage("text_to_image", FLOW, Parts(False, False, True), image=True, text=False)
+IMAGE_TO_TEXT = Stage("image_to_text", ("adapter",), Parts(True, False, False), False, True)
+JOINT = Stage("joint", (*FLOW, *COUPLINGS), Parts(), image=True, text=True)
+STAGES = (PRETRAIN_LM, TEXT_TO_IMAGE, IMAGE_TO_TEXT, JOINT)
