@@ -35,8 +35,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.stages.pretrain_lm = group(
         dict(
             batch=dict(rows=32, length=96, images=4),
-            mixture=dict(draw=2.0, draw_inverted=1.0, nothing=0.5, read=2.0, next=2.0, invert=1.0,
-                         story=2.0),
+            mixture=dict(
+                draw=2.0, draw_inverted=1.0, nothing=0.5, read=2.0, next=2.0, invert=1.0, story=2.0
+            ),
             optimizer=dict(steps=200, learning_rate=3e-3, warmup=30),
         )
     )
@@ -44,8 +45,14 @@ def get_config() -> ml_collections.ConfigDict:
         dict(
             batch=dict(rows=64, length=24, images=1),
             mixture=dict(draw=9.0, nothing=1.0),
-            optimizer=dict(steps=3000, learning_rate=2e-3, warmup=50, noise_start=0.25,
-                           noise_end=0.005, noise_share=0.9),
+            optimizer=dict(
+                steps=3000,
+                learning_rate=2e-3,
+                warmup=50,
+                noise_start=0.25,
+                noise_end=0.005,
+                noise_share=0.9,
+            ),
         )
     )
     config.stages.image_to_text = group(
@@ -65,8 +72,15 @@ def get_config() -> ml_collections.ConfigDict:
     config.checkpoint = group(dict(every=500, keep_last=2))
     config.evaluation = group(dict(every=250, batches=2, samples=1000))
     config.report = group(
-        dict(drawings=500, stories=200, tuning=200, least_diversity=0.65, draws=2,
-             guidance=(1.0, 1.5, 2.0, 3.0), temperature=(0.8, 0.9))
+        dict(
+            drawings=500,
+            stories=200,
+            tuning=200,
+            least_diversity=0.65,
+            draws=2,
+            guidance=(1.0, 1.5, 2.0, 3.0),
+            temperature=(0.8, 0.9),
+        )
     )
     return config
 
@@ -133,8 +147,13 @@ def report(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     write_report(
         load(workdir),
         ReportConfig(
-            drawings=r.drawings, stories=r.stories, tuning=r.tuning, candidates=candidates,
-            least_diversity=r.least_diversity, draws=r.draws, seed=config.seed,
+            drawings=r.drawings,
+            stories=r.stories,
+            tuning=r.tuning,
+            candidates=candidates,
+            least_diversity=r.least_diversity,
+            draws=r.draws,
+            seed=config.seed,
         ),
         workdir,
     )

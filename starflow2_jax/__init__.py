@@ -1,4 +1,4 @@
-"""STARFlow2 in JAX: one causal mechanism that writes text and draws images with exact likelihoods."""
+"""STARFlow2 in JAX: one causal mechanism writes text and draws images, with exact likelihoods."""
 
 from typing import Any
 

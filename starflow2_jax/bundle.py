@@ -1,8 +1,8 @@
 """A model directory: weights, shapes, tokenizer and codec, all that sampling and evaluation need.
 
-    DIR/model.json   shapes, image size, and where the weights come from
-    DIR/weights/     every parameter, and the codec's arrays
-    DIR/tokenizer/   see `data.tokenizer`
+DIR/model.json   shapes, image size, and where the weights come from
+DIR/weights/     every parameter, and the codec's arrays
+DIR/tokenizer/   see `data.tokenizer`
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from starflow2_jax.data.sequences import ImageShape
@@ -57,7 +58,7 @@ def _codec_arrays(codec: PatchCodec) -> dict[str, jax.Array]:
 
 
 def save_bundle(folder: pathlib.Path, bundle: Bundle) -> None:
-    """Writes the directory; `model.json` comes last, so a half-written one is never taken for whole."""
+    """Writes the directory; `model.json` comes last: without it the directory is no model."""
     bundle.tokenizer.save(folder / "tokenizer")
     tree = {
         "model": nnx.to_pure_dict(nnx.state(bundle.model)),
@@ -95,16 +96,12 @@ def load_bundle(folder: pathlib.Path) -> Bundle:
         raise UserError(f"{path} is not a model description ({error})") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, this package reads {FORMAT_VERSION}")
-    tree, _ = load_tree(folder / "weights")
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Pretzel(config, rngs=nnx.Rngs(0))))
-    wanted = nnx.to_pure_dict(abstract)
-    arrays, _ = load_tree(
-        folder / "weights",
-        {
-            "model": jax.tree.map(_on_default_device, wanted),
-            "codec": jax.tree.map(_on_default_device, tree["codec"]),
-        },
-    )
+    dims = codec_fields["patch"] ** 2 * codec_fields["channels"]
+    codec = {name: jax.ShapeDtypeStruct((dims,), jnp.float32) for name in ("mean", "divisors")}
+    codec["basis"] = jax.ShapeDtypeStruct((dims, dims), jnp.float32)
+    wanted = {"model": nnx.to_pure_dict(abstract), "codec": codec}
+    arrays, _ = load_tree(folder / "weights", jax.tree.map(_on_default_device, wanted))
     nnx.replace_by_pure_dict(abstract, arrays["model"])
     return Bundle(
         model=nnx.merge(graphdef, abstract),

@@ -2,8 +2,9 @@
 
     from starflow2_jax import load
     model = load("runs/digits")
-    [reply] = model.generate([[Turn("user", ("a handwritten three",))]], guidance=2.0)
-    [score] = model.log_prob([[Turn("user", ("a handwritten three",)), Turn("assistant", (image,))]])
+    [reply] = model.generate([[Turn("user", ("a handwritten three",))]], Sampling(guidance=2.0))
+    drawing = [Turn("user", ("a handwritten three",)), Turn("assistant", (image,))]
+    [score] = model.log_prob([drawing])
 
 Letters: I images of a conversation, N tokens per image, C latent channels, T positions.
 """
@@ -102,16 +103,14 @@ def load(folder: str | os.PathLike[str]) -> "Model":
 class Model:
     """A model with its tokenizer and codec."""
 
-    def __init__(self, bundle: Bundle):
+    def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
         self.pretzel = bundle.model
         self.tokenizer = bundle.tokenizer
 
     def encode(self, conversation: Conversation, *, draw: bool = False) -> Document:
         """A conversation as a prompt: the reply's turn is open, and its image too with `draw`."""
-        return encode_turns(
-            conversation, self.tokenizer, self.bundle.image, reply=True, draw=draw
-        )
+        return encode_turns(conversation, self.tokenizer, self.bundle.image, reply=True, draw=draw)
 
     def generate(
         self,
@@ -133,7 +132,9 @@ class Model:
             UserError: special tokens in a text, an image of another size, a prompt too long.
         """
         rows = self._rows(prompts, draw)
-        outputs = generate.generate(self.pretzel, rows, **self._options(len(rows), sampling, context))
+        outputs = generate.generate(
+            self.pretzel, rows, **self._options(len(rows), sampling, context)
+        )
         drawn = [piece.u for out in outputs for piece in out.pieces if isinstance(piece, Image)]
         pixels = iter(self.pixels(np.stack(drawn)) if drawn else ())
         return [
@@ -291,17 +292,13 @@ def _dequantised(codec: PatchCodec, images: jax.Array, seeds: jax.Array) -> jax.
 
 
 @functools.partial(jax.jit)
-def _latents(
-    model: Pretzel, codec: PatchCodec, images: jax.Array, seeds: jax.Array
-) -> jax.Array:
+def _latents(model: Pretzel, codec: PatchCodec, images: jax.Array, seeds: jax.Array) -> jax.Array:
     x = _dequantised(codec, images, seeds)
     return model.shallow.forward(x, jnp.dtype(model.config.dtype))[0][-1]
 
 
 @jax.jit
-def _score(
-    model: Pretzel, codec: PatchCodec, batch: HostBatch
-) -> tuple[jax.Array, jax.Array]:
+def _score(model: Pretzel, codec: PatchCodec, batch: HostBatch) -> tuple[jax.Array, jax.Array]:
     """log p of images [B, I] and of text tokens [B, T], nats."""
     b, i = batch["image_seeds"].shape
     images = batch["images"].reshape(b * i, *batch["images"].shape[2:])

@@ -1,7 +1,7 @@
 """Array layouts: torch Linear weights and this package's.
 
 Ours: kernels [in, out]; q, k and v in one kernel, grouped by kv head (its G queries, its k, its v);
-rotary pairs (k, k + d/2). Torch: weights [out, in]; q, k, v apart, or stacked [all q | all k | all v].
+rotary pairs (k, k + d/2). Torch: weights [out, in]; q, k, v apart, or stacked [q | k | v].
 Letters: H heads, K kv heads, G = H / K, d head width, D width.
 """
 

@@ -15,6 +15,9 @@ from starflow2_jax.convert import layout
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig
 from starflow2_jax.nn.decoder import DecoderConfig
 
+Join = Callable[..., np.ndarray]
+Split = Callable[[np.ndarray], tuple[np.ndarray, ...]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -30,8 +33,8 @@ class Entry:
 
     path: str
     names: tuple[tuple[str, ...], ...]
-    join: Callable[..., np.ndarray]
-    split: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    join: Join
+    split: Split
     stacked: bool
 
 
@@ -54,7 +57,13 @@ def _linear(path: str, name: str, bias: bool = True) -> Iterator[Entry]:
 
 
 def _layers(
-    path: str, prefix: str, depth: int, leaf: str, names: tuple[str, ...], join=_same, split=None
+    path: str,
+    prefix: str,
+    depth: int,
+    leaf: str,
+    names: tuple[str, ...],
+    join: Join = _same,
+    split: Split | None = None,
 ) -> Entry:
     split = split or (lambda a: (join(a),))
     return Entry(
@@ -67,7 +76,7 @@ def _layers(
 
 
 def _flow_decoder(path: str, name: str, c: DecoderConfig) -> Iterator[Entry]:
-    def entry(leaf: str, source: str, join=_same, split=None) -> Entry:
+    def entry(leaf: str, source: str, join: Join = _same, split: Split | None = None) -> Entry:
         return _layers(path, f"{name}.attn_blocks", c.layers, leaf, (source,), join, split)
 
     def join(qkv: np.ndarray) -> np.ndarray:
@@ -82,12 +91,16 @@ def _flow_decoder(path: str, name: str, c: DecoderConfig) -> Iterator[Entry]:
         yield entry(f"{ours}.scale", f"{theirs}.weight")
         yield entry(f"{ours}.bias", f"{theirs}.bias")
     yield entry(
-        "attention.qkv.kernel", "attention.qkv.weight",
-        lambda w: join(w).T, lambda k: (split(k.T),),
+        "attention.qkv.kernel",
+        "attention.qkv.weight",
+        lambda w: join(w).T,
+        lambda k: (split(k.T),),
     )
     yield entry("attention.qkv.bias", "attention.qkv.bias", join, lambda b: (split(b),))
     for ours, theirs in (
-        ("attention.out", "attention.proj"), ("mlp.up", "mlp.main.0"), ("mlp.down", "mlp.main.2"),
+        ("attention.out", "attention.proj"),
+        ("mlp.up", "mlp.main.0"),
+        ("mlp.down", "mlp.main.2"),
     ):
         yield entry(f"{ours}.kernel", f"{theirs}.weight", _transposed)
         yield entry(f"{ours}.bias", f"{theirs}.bias")
@@ -95,7 +108,9 @@ def _flow_decoder(path: str, name: str, c: DecoderConfig) -> Iterator[Entry]:
 
 
 def _qwen_decoder(path: str, name: str, c: DecoderConfig) -> Iterator[Entry]:
-    def entry(leaf: str, sources: tuple[str, ...], join=_same, split=None) -> Entry:
+    def entry(
+        leaf: str, sources: tuple[str, ...], join: Join = _same, split: Split | None = None
+    ) -> Entry:
         return _layers(path, f"{name}.layers", c.layers, leaf, sources, join, split)
 
     def join(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -108,13 +123,17 @@ def _qwen_decoder(path: str, name: str, c: DecoderConfig) -> Iterator[Entry]:
     yield entry("mlp_norm.weight", ("post_attention_layernorm.weight",))
     qkv = tuple(f"self_attn.{p}_proj" for p in "qkv")
     yield entry(
-        "attention.qkv.kernel", tuple(f"{n}.weight" for n in qkv),
-        lambda *w: join(*w).T, lambda k: split(k.T),
+        "attention.qkv.kernel",
+        tuple(f"{n}.weight" for n in qkv),
+        lambda *w: join(*w).T,
+        lambda k: split(k.T),
     )
     yield entry("attention.qkv.bias", tuple(f"{n}.bias" for n in qkv), join, split)
     for ours, theirs in (
-        ("attention.out", "self_attn.o_proj"), ("mlp.gate", "mlp.gate_proj"),
-        ("mlp.up", "mlp.up_proj"), ("mlp.down", "mlp.down_proj"),
+        ("attention.out", "self_attn.o_proj"),
+        ("mlp.gate", "mlp.gate_proj"),
+        ("mlp.up", "mlp.up_proj"),
+        ("mlp.down", "mlp.down_proj"),
     ):
         yield entry(f"{ours}.kernel", (f"{theirs}.weight",), _transposed)
     yield _plain(f"{path}.final_norm.weight", f"{name}.norm.weight")
@@ -131,8 +150,11 @@ def table(config: PretzelConfig) -> list[Entry]:
         path, name = f"shallow.blocks.{b}", f"shallow.{b}"
         entries.append(
             Entry(
-                f"{path}.start", ((f"{name}.sos_embed",),), np.ravel,
-                lambda a: (a.reshape(1, 1, -1),), stacked=False,
+                f"{path}.start",
+                ((f"{name}.sos_embed",),),
+                np.ravel,
+                lambda a: (a.reshape(1, 1, -1),),
+                stacked=False,
             )
         )
         entries += _linear(f"{path}.proj_in", f"{name}.proj_in")

@@ -104,8 +104,8 @@ class Conversations:
 
     def __init__(
         self, digits: Digits, tokenizer: Tokenizer, shape: ImageShape, raw: int, raw_share: float
-    ):
-        """`raw`: how many of the digits are not warped copies; they make `raw_share` of the draws."""
+    ) -> None:
+        """The first `raw` digits are not warped copies; they make `raw_share` of the draws."""
         self.digits = digits
         self.tokenizer = tokenizer
         self.shape = shape
@@ -121,7 +121,7 @@ class Conversations:
         return 255 - image if inverted else image
 
     def _votes(self, digit: int, inverted: bool, rng: np.random.Generator, drawn: bool) -> Words:
-        """A picture in words: places hold a vote for its digit (some wrong), for its style, or none."""
+        """A picture in words: each place votes for its digit (some wrongly), its style, or not."""
         places = self.shape.side**2
         ids = np.full(places, self.tokenizer.special.image_pad, np.int32)
         kind = rng.random(places)
@@ -173,13 +173,9 @@ class Conversations:
 
     def document(self, task: Task, rng: np.random.Generator, in_words: bool) -> Document:
         """One random conversation as a document."""
-        return encode_turns(
-            self.turns(task, rng, in_words), self.tokenizer, self.shape, where=task
-        )
+        return encode_turns(self.turns(task, rng, in_words), self.tokenizer, self.shape, where=task)
 
-    def stream(
-        self, mixture: Mapping[Task, float], in_words: bool, seed: int
-    ) -> grain.IterDataset:
+    def stream(self, mixture: Mapping[Task, float], in_words: bool, seed: int) -> grain.IterDataset:
         """An endless stream of packable documents; document i depends on seed and i alone."""
         tasks = sorted(mixture)
         shares = np.array([mixture[t] for t in tasks], np.float64)
@@ -191,9 +187,7 @@ class Conversations:
             return pipeline.features(self.document(task, rng, in_words), rng)
 
         dataset = grain.MapDataset.range(2**31).seed(seed).random_map(make)
-        return dataset.to_iter_dataset(
-            grain.ReadOptions(num_threads=1, prefetch_buffer_size=128)
-        )
+        return dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=128))
 
 
 class DigitsData:
@@ -207,7 +201,7 @@ class DigitsData:
         raw_share: float,
         mixtures: Mapping[str, Mapping[Task, float]],
         seed: int,
-    ):
+    ) -> None:
         """Prepares both splits.
 
         Args:

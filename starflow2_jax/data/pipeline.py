@@ -39,9 +39,7 @@ def features(document: Document, rng: np.random.Generator) -> dict[str, np.ndarr
 
 def _finish(batch: HostBatch, images: int) -> HostBatch:
     kinds = batch["kinds"]
-    starts = (kinds == Kind.LATENT) & (
-        np.pad(kinds, ((0, 0), (1, 0)))[:, :-1] != Kind.LATENT
-    )
+    starts = (kinds == Kind.LATENT) & (np.pad(kinds, ((0, 0), (1, 0)))[:, :-1] != Kind.LATENT)
     image_start = np.full((len(kinds), images), -1, np.int32)
     for row, row_starts in enumerate(starts):
         found = np.flatnonzero(row_starts)

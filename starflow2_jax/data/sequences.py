@@ -78,7 +78,7 @@ class Document:
 class Writer:
     """Appends tokens and images to a document while it counts positions."""
 
-    def __init__(self, tokenizer: Tokenizer, shape: ImageShape):
+    def __init__(self, tokenizer: Tokenizer, shape: ImageShape) -> None:
         self.special = tokenizer.special
         self.shape = shape
         rows, columns = np.divmod(np.arange(shape.side**2), shape.side)

@@ -35,7 +35,7 @@ COMPACT_TURNS = Turns("<|user|>", "", "<|assistant|>", "<|im_end|>", "")
 class Tokenizer:
     """Text <-> ids, the special tokens' ids, and the chat template."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, turns: Turns):
+    def __init__(self, backend: tokenizers.Tokenizer, turns: Turns) -> None:
         self.backend = backend
         self.turns = turns
         self._specials = {
@@ -91,7 +91,7 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: pathlib.Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder (`tokenizer.json`), with Qwen's chat template by default.
+    """The tokenizer of a Hugging Face folder (`tokenizer.json`); Qwen's chat template by default.
 
     Raises:
         UserError: no such file, or a file that is not a tokenizer.
@@ -114,8 +114,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
     backend.decoder = tokenizers.decoders.ByteLevel()
     specials = [
-        "<|im_end|>", "<|user|>", "<|assistant|>",
-        "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+        "<|im_end|>",
+        "<|user|>",
+        "<|assistant|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
     ]
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,

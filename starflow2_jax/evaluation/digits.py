@@ -50,7 +50,7 @@ class ReportConfig:
 class Judge:
     """An independent classifier of digits: a support vector machine on the real training images."""
 
-    def __init__(self, train: Digits):
+    def __init__(self, train: Digits) -> None:
         from sklearn.svm import SVC
 
         self._machine = SVC(C=5.0, gamma="scale").fit(self._flat(train.images), train.labels)
@@ -69,8 +69,8 @@ class Judge:
 def gaussian_bits_per_dim(train: Digits, tune: Digits, test: Digits, seed: int) -> dict[str, float]:
     """Bits per dim of held-out digits under one full-covariance Gaussian a class.
 
-    Each class's covariance is shrunk towards a multiple of the identity, by the share that gives the
-    least median on `tune`. The pixels are dequantised as the model's are.
+    Each class's covariance is shrunk towards a multiple of the identity, by the share that gives
+    the least median on `tune`. The pixels are dequantised as the model's are.
 
     Returns:
         `median` and `mean` bits per dim on `test`, and `shrinkage`.
@@ -154,7 +154,9 @@ def _judged(judge: Judge, drawn: list[np.ndarray | None], wanted: np.ndarray) ->
 def grid(images: Sequence[np.ndarray], columns: int, scale: int = 2) -> Image.Image:
     """Images uint8 [H, W, 1] side by side, `columns` in a row, enlarged."""
     rows = [
-        np.concatenate([np.pad(i[..., 0], 1, constant_values=96) for i in images[r : r + columns]], 1)
+        np.concatenate(
+            [np.pad(i[..., 0], 1, constant_values=96) for i in images[r : r + columns]], 1
+        )
         for r in range(0, len(images) - columns + 1, columns)
     ]
     sheet = Image.fromarray(np.concatenate(rows, 0))
@@ -175,7 +177,8 @@ def choose_sampling(
     rows = []
     for guidance, temperature in config.candidates:
         drawn, labels = _draw(
-            model, config.tuning,
+            model,
+            config.tuning,
             Sampling(guidance, temperature, max_images=1, seed=config.seed + 1),
         )
         rows.append(
@@ -224,7 +227,9 @@ def measure(model: Model, config: ReportConfig, folder: pathlib.Path) -> dict[st
     replies = model.generate(
         [_ask(image, digits.QUESTION) for image in test.images], Sampling(max_new_tokens=16)
     )
-    answers = [reply.parts == (NUMBERS[label],) for reply, label in zip(replies, test.labels)]
+    answers = [
+        reply.parts == (NUMBERS[label],) for reply, label in zip(replies, test.labels, strict=True)
+    ]
     report["reading_accuracy"] = float(np.mean(answers))
 
     real_variance = _within_class_variance(train.images, train.labels)
@@ -246,7 +251,8 @@ def measure(model: Model, config: ReportConfig, folder: pathlib.Path) -> dict[st
         "copy_rate_plain": float((_nearest(plain, train.images) < threshold).mean()),
     }
     columns = [drawn[labels == digit][:10] for digit in range(10)]
-    grid([images[row] for row in range(10) for images in columns], 10).save(
+    deep = min(len(images) for images in columns)
+    grid([images[row] for row in range(deep) for images in columns], 10).save(
         folder / "drawings.png"
     )
 
@@ -350,11 +356,26 @@ def _plot_losses(workdir: pathlib.Path) -> None:
 
 
 _TABLE = (
-    "bits_per_dim", "bits_per_dim_no_caption", "bits_per_dim_mixture", "bits_per_dim_gaussian",
-    "bayes_accuracy", "reading_accuracy", "drawing_accuracy", "classifier_accuracy",
-    "editing_accuracy", "story_accuracy", "story_all_right", "story_decision_accuracy",
-    "diversity", "copy_rate", "guidance", "image_temperature", "drawing_accuracy_plain",
-    "diversity_plain", "seconds_total", "peak_memory_gb",
+    "bits_per_dim",
+    "bits_per_dim_no_caption",
+    "bits_per_dim_mixture",
+    "bits_per_dim_gaussian",
+    "bayes_accuracy",
+    "reading_accuracy",
+    "drawing_accuracy",
+    "classifier_accuracy",
+    "editing_accuracy",
+    "story_accuracy",
+    "story_all_right",
+    "story_decision_accuracy",
+    "diversity",
+    "copy_rate",
+    "guidance",
+    "image_temperature",
+    "drawing_accuracy_plain",
+    "diversity_plain",
+    "seconds_total",
+    "peak_memory_gb",
 )
 
 

@@ -30,7 +30,7 @@ class CaptionScores:
         return (top + np.log(np.exp(self.captioned - top).mean(1, keepdims=True)))[:, 0]
 
     def posterior_argmax(self) -> np.ndarray:
-        """Bayes' rule with a uniform prior: the likeliest caption of each image. [images]"""
+        """Bayes' rule with a uniform prior: the likeliest caption of each image, [images]."""
         return self.captioned.argmax(1)
 
 
@@ -54,9 +54,7 @@ def score_captions(
     columns = []
     prompts: list[tuple[str, ...]] = [*((c,) for c in captions), ()]
     for done, prompt in enumerate(prompts):
-        conversations = [
-            [Turn("user", prompt), Turn("assistant", (image,))] for image in images
-        ]
+        conversations = [[Turn("user", prompt), Turn("assistant", (image,))] for image in images]
         scores = model.log_prob(conversations, draws=draws)
         columns.append([s.images[0] for s in scores])
         if on_progress:

@@ -46,7 +46,7 @@ class FlowConfig:
     rms_norm_epsilon: float = 1e-6
     remat: Literal["none", "dots", "full"] = "none"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.shallow_layers) != len(self.shallow_orders):
             raise ValueError("shallow_layers and shallow_orders differ in length")
         if self.width % self.head_dim:
@@ -58,7 +58,7 @@ class FlowConfig:
         return self.side * self.side
 
     def decoder(self, depth: int) -> decoder.DecoderConfig:
-        """The family's transformer: LayerNorm, full attention, exact GELU, biases, final RMSNorm."""
+        """The family's stack: LayerNorm, full attention, exact GELU, biases, final RMSNorm."""
         heads = self.width // self.head_dim
         return decoder.DecoderConfig(
             layers=depth,
@@ -82,7 +82,7 @@ class FlowConfig:
 class GaussianHead(nnx.Module):
     """Hidden states to (mu, sigma) of the next token."""
 
-    def __init__(self, config: FlowConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: FlowConfig, *, rngs: nnx.Rngs) -> None:
         self.soft_clip = config.soft_clip
         self.proj = layers.Linear(
             config.width,
@@ -121,11 +121,13 @@ def guide(
 class AFBlock(nnx.Module):
     """One autoregressive affine block over the tokens of one image, with a start vector."""
 
-    def __init__(self, config: FlowConfig, depth: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: FlowConfig, depth: int, *, rngs: nnx.Rngs) -> None:
         self.decoder_config = config.decoder(depth)
         self.start = layers.parameter(
-            rngs, lambda key, shape, dtype: jax.random.normal(key, shape, dtype),
-            (config.channels,), (None,),
+            rngs,
+            lambda key, shape, dtype: jax.random.normal(key, shape, dtype),
+            (config.channels,),
+            (None,),
         )
         self.proj_in = layers.Linear(
             config.channels, config.width, rngs=rngs, logical=(None, "embed")
@@ -177,7 +179,7 @@ class AFBlock(nnx.Module):
 class ShallowFlow(nnx.Module):
     """f_S: a few AF blocks over each image alone, without text; u = f_S(x)."""
 
-    def __init__(self, config: FlowConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: FlowConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.blocks = nnx.List(
             [AFBlock(config, depth, rngs=rngs) for depth in config.shallow_layers]
@@ -190,9 +192,7 @@ class ShallowFlow(nnx.Module):
             rope.raster_coordinates(side, side), (quarter, quarter), self.config.rope_theta, dtype
         )[None]
 
-    def forward(
-        self, x: jax.Array, dtype: jnp.dtype
-    ) -> tuple[list[jax.Array], list[jax.Array]]:
+    def forward(self, x: jax.Array, dtype: jnp.dtype) -> tuple[list[jax.Array], list[jax.Array]]:
         """Data to latents u, all blocks.
 
         Args:
@@ -230,11 +230,9 @@ class DeepBlock(nnx.Module):
     It has no start vector: the position before an image predicts its first token.
     """
 
-    def __init__(self, config: FlowConfig, text_width: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: FlowConfig, text_width: int, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.proj_text = layers.Linear(
-            text_width, config.width, rngs=rngs, logical=("embed", None)
-        )
+        self.proj_text = layers.Linear(text_width, config.width, rngs=rngs, logical=("embed", None))
         self.proj_u = layers.Linear(
             config.channels, config.width, rngs=rngs, logical=(None, "embed")
         )
@@ -242,7 +240,7 @@ class DeepBlock(nnx.Module):
         self.head = GaussianHead(config, rngs=rngs)
 
     def angles(self, positions: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """Angles [B, T, d/2] of positions [3, B, T] (time, row, column); order row, column, time."""
+        """Angles [B, T, d/2] of positions [3, B, T] (time, row, column): row, column, time."""
         time, row, column = rope.multimodal_counts(self.config.head_dim)
         return rope.angles_ladder_per_axis(
             positions[jnp.array([1, 2, 0])], (row, column, time), self.config.rope_theta, dtype

@@ -1,7 +1,8 @@
 """The one transformer stack: scanned layers, with or without a key/value cache.
 
 The language model, the deep flow block and every shallow block are configurations of it.
-Letters: B rows, T positions, D width, H heads, K kv heads, G = H / K, d head width, L layers, M slots.
+Letters: B rows, T positions, D width, H heads, K kv heads, G = H / K, d head width, L layers,
+M cache slots.
 """
 
 import dataclasses
@@ -48,15 +49,15 @@ class DecoderConfig:
     final_norm_epsilon: float = 1e-6
     remat: Literal["none", "dots", "full"] = "none"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} heads do not share {self.kv_heads} kv heads evenly")
 
 
 class Attention(nnx.Module):
-    """Self-attention. Output channels of `qkv` are grouped by kv head: its G queries, its k, its v."""
+    """Self-attention; `qkv` channels are grouped by kv head: its G queries, its k, its v."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, stack: tuple[int, ...]):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, stack: tuple[int, ...]) -> None:
         self.config = config
         groups = config.heads // config.kv_heads
         self.qkv = layers.Linear(
@@ -83,6 +84,7 @@ class Attention(nnx.Module):
         spec: attention.AttentionSpec,
         past: attention.Past | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """[B, T, D] -> [B, T, D], and this call's rotated keys and values [B, T, K, d]."""
         c = self.config
         groups = c.heads // c.kv_heads
         qkv = self.qkv(x).reshape(*x.shape[:2], c.kv_heads, groups + 2, c.head_dim)
@@ -100,7 +102,7 @@ class Attention(nnx.Module):
 class DecoderLayer(nnx.Module):
     """h += Attention(norm(h)); h += MLP(norm(h))."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, stack: tuple[int, ...]):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, stack: tuple[int, ...]) -> None:
         norm = layers.LayerNorm if config.norm == "layer" else layers.RMSNorm
         mlp = layers.GeluMLP if config.mlp == "gelu" else layers.SwiGLU
         norm_args: dict[str, Any] = {
@@ -111,11 +113,16 @@ class DecoderLayer(nnx.Module):
         self.attention_norm = norm(config.width, **norm_args)
         self.attention = Attention(config, rngs=rngs, stack=stack)
         self.mlp_norm = norm(config.width, **norm_args)
-        self.mlp = mlp(
-            config.width, config.mlp_width, rngs=rngs, bias=config.mlp_bias, stack=stack
-        )
+        self.mlp = mlp(config.width, config.mlp_width, rngs=rngs, bias=config.mlp_bias, stack=stack)
 
-    def __call__(self, x, rotation, spec, past):
+    def __call__(
+        self,
+        x: jax.Array,
+        rotation: tuple[jax.Array, jax.Array] | None,
+        spec: attention.AttentionSpec,
+        past: attention.Past | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """[B, T, D] -> [B, T, D], and this call's rotated keys and values [B, T, K, d]."""
         mixed, kv = self.attention(self.attention_norm(x), rotation, spec, past)
         x = x + mixed
         x = x + self.mlp(self.mlp_norm(x))
@@ -133,7 +140,7 @@ def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) 
 
 
 def _append(cache: Cache, k: jax.Array, v: jax.Array, lengths: jax.Array | None) -> Cache:
-    """Writes k, v [L, B, T, K, d] behind each row's own length; a row's missing positions are dropped.
+    """Writes k, v [L, B, T, K, d] behind each row's own length, but for missing positions.
 
     A write beyond the last slot is dropped as well: callers refuse rows that outgrow their cache.
     """
@@ -159,7 +166,7 @@ def _append(cache: Cache, k: jax.Array, v: jax.Array, lengths: jax.Array | None)
 class Decoder(nnx.Module):
     """L pre-norm layers as one scan, then the final norm if there is one."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.layers = DecoderLayer(config, rngs=rngs, stack=(config.layers,))
         self.final_norm = nnx.data(
@@ -202,9 +209,7 @@ class Decoder(nnx.Module):
             return x, None if cache is None else kv
 
         if self.config.remat != "none":
-            body = jax.checkpoint(
-                body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False
-            )
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
         k, v = (None, None) if cache is None else (cache["k"], cache["v"])
         x, new = jax.lax.scan(body, x, (self.layers, k, v))
         if self.final_norm is not None:

@@ -5,6 +5,7 @@ Every parameter may carry leading `stack` axes, so that layers of one kind live 
 Letters: D model width, F MLP width.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -63,7 +64,7 @@ class Linear(nnx.Module):
         stack: tuple[int, ...] = (),
         kernel_init: Initializer | None = None,
         bias_init: Initializer | None = None,
-    ):
+    ) -> None:
         default = uniform_fan_in(in_features)
         self.kernel = parameter(
             rngs, kernel_init or default, (in_features, out_features), logical, stack
@@ -91,13 +92,14 @@ class LayerNorm(nnx.Module):
 
     def __init__(
         self, features: int, *, rngs: nnx.Rngs, epsilon: float = 1e-5, stack: tuple[int, ...] = ()
-    ):
+    ) -> None:
         del rngs
         self.epsilon = epsilon
         self.scale = nnx.Param(jnp.ones((*stack, features), jnp.float32), logical=("embed",))
         self.bias = nnx.Param(jnp.zeros((*stack, features), jnp.float32), logical=("embed",))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D], in x's dtype."""
         wide = x.astype(at_least_float32(x.dtype))
         centred = wide - wide.mean(-1, keepdims=True)
         inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
@@ -116,7 +118,7 @@ class RMSNorm(nnx.Module):
         epsilon: float = 1e-6,
         unit_offset: bool = False,
         stack: tuple[int, ...] = (),
-    ):
+    ) -> None:
         del rngs
         self.epsilon = epsilon
         self.unit_offset = unit_offset
@@ -124,6 +126,7 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(start((*stack, features), jnp.float32), logical=("embed",))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D], in x's dtype."""
         wide = x.astype(at_least_float32(x.dtype))
         inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
         gain = self.weight[...].astype(wide.dtype) + float(self.unit_offset)
@@ -135,15 +138,14 @@ class GeluMLP(nnx.Module):
 
     def __init__(
         self, width: int, hidden: int, *, rngs: nnx.Rngs, bias: bool, stack: tuple[int, ...] = ()
-    ):
-        self.up = Linear(
-            width, hidden, rngs=rngs, logical=("embed", "mlp"), bias=bias, stack=stack
-        )
+    ) -> None:
+        self.up = Linear(width, hidden, rngs=rngs, logical=("embed", "mlp"), bias=bias, stack=stack)
         self.down = Linear(
             hidden, width, rngs=rngs, logical=("mlp", "embed"), bias=bias, stack=stack
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
         hidden = self.up(x)
         hidden = partition.constrain(hidden, ("batch", "length", "mlp"))
         return self.down(jax.nn.gelu(hidden, approximate=False))
@@ -154,14 +156,13 @@ class SwiGLU(nnx.Module):
 
     def __init__(
         self, width: int, hidden: int, *, rngs: nnx.Rngs, bias: bool, stack: tuple[int, ...] = ()
-    ):
-        make = lambda i, o, names: Linear(  # noqa: E731
-            i, o, rngs=rngs, logical=names, bias=bias, stack=stack
-        )
-        self.gate = make(width, hidden, ("embed", "mlp"))
-        self.up = make(width, hidden, ("embed", "mlp"))
-        self.down = make(hidden, width, ("mlp", "embed"))
+    ) -> None:
+        make = functools.partial(Linear, rngs=rngs, bias=bias, stack=stack)
+        self.gate = make(width, hidden, logical=("embed", "mlp"))
+        self.up = make(width, hidden, logical=("embed", "mlp"))
+        self.down = make(hidden, width, logical=("mlp", "embed"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
         hidden = jax.nn.silu(self.gate(x)) * self.up(x)
         return self.down(partition.constrain(hidden, ("batch", "length", "mlp")))

@@ -1,8 +1,8 @@
 """Logical axis names, and the rules in context that map them to mesh axes.
 
 Modules name the axes of their parameters and activations ("batch", "embed", "mlp", ...). Which mesh
-axis carries which of them is the caller's choice: `parallel.rules` holds the table, `use_rules` puts
-it in context, `constrain` and `spec` read it.
+axis carries which of them is the caller's choice: `parallel.rules` holds the table, `use_rules`
+puts it in context, `constrain` and `spec` read it.
 """
 
 import contextlib
@@ -50,8 +50,8 @@ def spec(
 ) -> PartitionSpec:
     """The PartitionSpec of an array of `shape` whose trailing axes have these logical names.
 
-    Leading axes without a name (stacked layers) are replicated, and so is an axis that its mesh axes
-    do not divide: replication is always correct.
+    Leading axes without a name (stacked layers) are replicated, and so is an axis that its mesh
+    axes do not divide: replication is always correct.
 
     Raises:
         KeyError: a name is missing from the rules.

@@ -1,9 +1,9 @@
 """Rotary position tables over several coordinate axes, and the rotation.
 
-A head of width d has d/2 angles; each turns one pair of channels. Pairs are (k, k + d/2) everywhere:
-attention does not change when q and k share a permutation of their channels, so a model whose own
-pairs are (2k, 2k + 1) has the rows of its q and k weights permuted once, when they are loaded
-(`convert.layout`). Letters: A coordinate axes, B rows, T positions, d head width.
+A head of width d has d/2 angles; each turns one pair of channels. Pairs are (k, k + d/2)
+everywhere: attention does not change when q and k share a permutation of their channels, so a
+model whose own pairs are (2k, 2k + 1) has the rows of its q and k weights permuted once, when they
+are loaded (`convert.layout`). Letters: A coordinate axes, B rows, T positions, d head width.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 
 def ladder(count: int, theta: float, dtype: jnp.dtype) -> jax.Array:
-    """theta^(-k / count) for k < count: one ladder of frequencies. [count]"""
+    """One ladder of frequencies: theta^(-k / count) for k < count, [count]."""
     return theta ** (-jnp.arange(count, dtype=dtype) / count)
 
 
@@ -46,7 +46,9 @@ def angles_shared_ladder(
     Arguments and result as in `angles_ladder_per_axis`.
     """
     frequencies = ladder(sum(counts), theta, dtype)
-    axis_of = jnp.repeat(jnp.arange(len(counts)), jnp.array(counts), total_repeat_length=sum(counts))
+    axis_of = jnp.repeat(
+        jnp.arange(len(counts)), jnp.array(counts), total_repeat_length=sum(counts)
+    )
     spread = jnp.moveaxis(coordinates, 0, -1).astype(dtype)[..., axis_of]  # [..., d/2]
     return spread * frequencies
 
@@ -63,10 +65,8 @@ def multimodal_counts(head_dim: int) -> tuple[int, int, int]:
 
 
 def raster_coordinates(rows: int, columns: int) -> jax.Array:
-    """(row, column) of each position of a raster. [2, rows * columns]"""
-    return jnp.stack(
-        [jnp.repeat(jnp.arange(rows), columns), jnp.tile(jnp.arange(columns), rows)]
-    )
+    """The (row, column) of each position of a raster: [2, rows * columns]."""
+    return jnp.stack([jnp.repeat(jnp.arange(rows), columns), jnp.tile(jnp.arange(columns), rows)])
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -83,9 +83,7 @@ class _Run:
     stop: Callable[[], bool]
 
 
-def run(
-    config: ml_collections.ConfigDict, module: types.ModuleType, workdir: pathlib.Path
-) -> None:
+def run(config: ml_collections.ConfigDict, module: types.ModuleType, workdir: pathlib.Path) -> None:
     """Trains all stages of the config, continuing where the work directory stands.
 
     Args:
@@ -111,9 +109,7 @@ def run(
     data = module.make_data(config)
     model_config = module.make_model_config(config, data)
     with rules.use(mesh), _Interruptible() as stop, MetricsWriter(workdir) as metrics:
-        model = rules.born_sharded(
-            lambda: Pretzel(model_config, rngs=nnx.Rngs(config.seed)), mesh
-        )
+        model = rules.born_sharded(lambda: Pretzel(model_config, rngs=nnx.Rngs(config.seed)), mesh)
         codec = jax.device_put(data.codec, NamedSharding(mesh, jax.P()))
         this = _Run(config, module, workdir, mesh, data, codec, model, metrics, stop)
         ema = None
@@ -204,7 +200,15 @@ def _run_stage(this: _Run, stage: Stage, frozen_checksum: str) -> Pretzel:
                 stage.name, latest or 0, later=[s.name for s in STAGES[STAGES.index(stage) + 1 :]]
             )
             state = _train(
-                this, stage, config, graphdef, state, frozen, batches, checkpoints, metadata,
+                this,
+                stage,
+                config,
+                graphdef,
+                state,
+                frozen,
+                batches,
+                checkpoints,
+                metadata,
                 shardings,
             )
     this.model = nnx.merge(graphdef, state["trainable"], frozen)
@@ -304,8 +308,15 @@ def _held_out(
         trainable: nnx.State, frozen: nnx.State, codec: PatchCodec, batch: HostBatch
     ) -> dict[str, jax.Array]:
         return loss_and_metrics(
-            graphdef, trainable, frozen, codec, batch, jnp.uint32(0), jnp.float32(0.0),
-            stage, weights,
+            graphdef,
+            trainable,
+            frozen,
+            codec,
+            batch,
+            jnp.uint32(0),
+            jnp.float32(0.0),
+            stage,
+            weights,
         )[1]
 
     def evaluate(trainable: nnx.State) -> dict[str, float]:

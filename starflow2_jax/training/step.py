@@ -47,14 +47,15 @@ class StepConfig:
     def optimizer(self) -> optax.GradientTransformation:
         """Clipped AdamW with warm-up and cosine."""
         schedule = optax.warmup_cosine_decay_schedule(
-            0.0, self.learning_rate, self.warmup, self.steps,
+            0.0,
+            self.learning_rate,
+            self.warmup,
+            self.steps,
             self.learning_rate * self.final_rate,
         )
         return optax.chain(
             optax.clip_by_global_norm(self.clip),
-            optax.adamw(
-                schedule, b1=self.beta1, b2=self.beta2, weight_decay=self.weight_decay
-            ),
+            optax.adamw(schedule, b1=self.beta1, b2=self.beta2, weight_decay=self.weight_decay),
         )
 
     def noise_std(self, step: jax.Array) -> jax.Array:
