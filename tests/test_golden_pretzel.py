@@ -20,11 +20,12 @@ from starflow2_jax.models.pretzel import (
     bits_per_dim,
 )
 from starflow2_jax.models.qwen2_5_vl import LanguageModelConfig
+from starflow2_jax.sampling import display, step
+from starflow2_jax.sampling.prompts import Image, Text, extended, padded, scored
+from starflow2_jax.sampling.state import Mode, row_settings
 from starflow2_jax.training import objective
 
-FOLDER = pathlib.Path(
-    os.environ.get("STARFLOW_GOLDEN", pathlib.Path(__file__).parent / "golden")
-)
+FOLDER = pathlib.Path(os.environ.get("STARFLOW_GOLDEN", pathlib.Path(__file__).parent / "golden"))
 TOLERANCE = 1e-9
 
 pytestmark = [pytest.mark.golden, pytest.mark.usefixtures("x64")]
@@ -130,7 +131,7 @@ def computed(model, data, config, weight_text):
     text[:, :-1] = kinds[:, 1:] == Kind.TEXT
     mu, sigma = model.deep.head(s.g)
     logits = model.logits(s.y, s.g)
-    stack = lambda arrays: np.stack(  # noqa: E731
+    stack = lambda arrays: np.stack(
         [np.asarray(a) * present[..., None, None] for a in arrays], axis=2
     )
     loss_image = objective.image_loss(rows, likelihood)
@@ -215,3 +216,88 @@ def test_every_gradient(path):
         flat = np.asarray(ours[name]).ravel()
         probe = [flat.sum(), np.linalg.norm(flat), flat @ np.cos(np.arange(flat.size))]
         close(np.array(probe), golden, name)
+
+
+def sampled(model, config, data, guided):
+    """The golden row, made by prefill and single steps: every result, by its name in the file."""
+    n, n_text = config.flow.tokens, int(data["in/n_text"])
+    prompt = extended(None, [Text(tuple(data["in/prompt"].tolist()))], config)
+    noise = jnp.asarray(data["in/z"], jnp.float64)[None, None]
+    settings = row_settings(
+        1, guidance=float(data["in/w"]), max_new_tokens=n_text, max_images=1, noise=noise
+    )
+    state = step.prefill(
+        model,
+        padded([prompt]),
+        settings,
+        slots=len(prompt) + n + 1 + n_text,
+        images=1,
+        unconditional=jnp.asarray(data["in/uncond"]) if guided else None,
+        record=True,
+    )
+    results = {name: [] for name in ("text_logits", "text_tokens")}
+    heads, positions = [], [*prompt.positions]
+
+    def place(kind):
+        return step.element_positions(state, jnp.asarray([kind]), config.flow.side)[:, 0]
+
+    for _ in range(n):
+        assert state.mode.tolist() == [Mode.DRAW]
+        heads.append(model.deep.head(state.g))
+        positions.append(place(Kind.LATENT))
+        state = step.advance(model, state, settings, 1)
+    assert state.mode.tolist() == [Mode.CLOSE]
+    positions.append(place(Kind.TEXT))
+    state = step.advance(model, state, settings, 1)
+    # The golden text is the likeliest of the whole vocabulary and knows no end: fed by hand.
+    feed = jax.jit(step.feed)
+    for _ in range(n_text):
+        logits = model.logits(state.y[:1], state.g[:1])
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        results["text_logits"].append(logits[0])
+        results["text_tokens"].append(int(token[0]))
+        positions.append(place(Kind.TEXT))
+        element = step.Element(token, jnp.full((1,), Kind.TEXT, jnp.int32), state.u[:, 0, 0])
+        state = feed(model, state, element)
+    if guided:
+        mu, sigma = (np.stack([head[i] for head in heads]) for i in range(2))
+        results |= {"mu_cond": mu[:, 0], "mu_uncond": mu[:, 1]}
+        results |= {"sigma_cond": sigma[:, 0], "sigma_uncond": sigma[:, 1]}
+    assert state.length.tolist() == [state.tokens.shape[1]]
+    row = extended(prompt, [Image(state.u[0, 0]), Text(tuple(results["text_tokens"]))], config)
+    np.testing.assert_array_equal(row.positions, np.stack(positions))
+    rows, x = scored(padded([row])), display.to_x(model, state.u)
+    log_prob, gradient = display.score(model, rows, x)
+    denoised = display.denoise(model, rows, x, float(data["in/noise_std"]))
+    return results | {
+        "u": state.u[0, 0],
+        "mu": state.record.mu[0, 0],
+        "sigma": state.record.sigma[0, 0],
+        "x": x[0, 0],
+        "text_logits": np.stack(results["text_logits"]),
+        "text_tokens": np.asarray(results["text_tokens"], np.int32),
+        "row_kinds": state.kinds[0],
+        "row_tokens": state.tokens[0],
+        "row_positions": np.stack(positions, axis=1).astype(np.int32),
+        "image_logp": log_prob[0, 0],
+        "grad_x_logp": gradient[0, 0],
+        "denoised": denoised[0, 0],
+    }
+
+
+@pytest.mark.parametrize("path", files("sample"), ids=lambda p: p.stem)
+def test_every_sample_result(path):
+    data = np.load(path)
+    config, raw = config_of(data)
+    assert raw["guidance"] == data["in/w"]
+    model = model_of(data, config)
+    compared = set()
+    for name in ("plain", "guided"):
+        for key, value in sampled(model, config, data, name == "guided").items():
+            key = f"out/{name}/{key}"
+            if data[key].dtype == np.int32:
+                np.testing.assert_array_equal(value, data[key], key)
+            else:
+                close(value, data[key], key)
+            compared.add(key)
+    assert compared == {k for k in data.files if k.startswith("out/")}
