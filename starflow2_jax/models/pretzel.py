@@ -47,6 +47,7 @@ class SpecialTokens:
     vision_end: int
     image_pad: int
     end: int
+    video_pad: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class PretzelConfig:
 
 
 QWEN_SPECIAL_TOKENS = SpecialTokens(
-    vision_start=151652, vision_end=151653, image_pad=151655, end=151645
+    vision_start=151652, vision_end=151653, image_pad=151655, end=151645, video_pad=151656
 )
 
 
