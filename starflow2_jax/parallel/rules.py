@@ -1,0 +1,124 @@
+"""The one table of logical axis -> mesh axes, and the shardings that follow from it."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from starflow2_jax.nn import partition
+from starflow2_jax.parallel.mesh import check_batch
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+RULES: dict[str, partition.MeshAxes] = {
+    "batch": ("data", "fsdp"),
+    "length": "sequence",
+    # Of parameters: each layer's weights are gathered over fsdp when the layer runs.
+    "embed": "fsdp",
+    # Of activations: fsdp already carries their batch.
+    "embed_activation": None,
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh) -> Iterator[Mesh]:
+    """Puts the mesh and the table in context: sharding constraints inside the models take effect.
+
+    Call it around, not inside, jitted functions.
+    """
+    with jax.set_mesh(mesh), partition.use_rules(RULES):
+        yield mesh
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
+
+
+def _sharding(leaf: Any, mesh: Mesh) -> Any:
+    if not _is_variable(leaf):
+        return NamedSharding(mesh, PartitionSpec())
+    names = leaf.get_metadata().get("logical", ())
+    return leaf.replace(NamedSharding(mesh, partition.spec(names, leaf.shape, RULES, mesh.shape)))
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of every array of a state of parameters, gradients or an optimiser.
+
+    Args:
+        tree: an nnx.State, or any pytree with nnx variables in it (an optax state made from an
+            nnx.State keeps them); arrays or shapes. A variable is cut by its `logical` names,
+            anything else (step, seed, counters) is on every device.
+        mesh: see `mesh.make_mesh`.
+
+    Returns:
+        The same structure with a NamedSharding for each array.
+
+    Raises:
+        KeyError: a logical name that the table does not have.
+    """
+    return jax.tree.map(lambda leaf: _sharding(leaf, mesh), tree, is_leaf=_is_variable)
+
+
+def abstract(tree: Any, mesh: Mesh) -> Any:
+    """ShapeDtypeStructs with the shardings of `shardings`: what a restore needs."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings(tree, mesh),
+    )
+
+
+def born_sharded(make_model: Callable[[], Model], mesh: Mesh) -> Model:
+    """Makes a model whose parameters never exist unsharded on any one device.
+
+    Args:
+        make_model: builds the model, without arguments: `lambda: Pretzel(config, rngs=...)`.
+        mesh: see `mesh.make_mesh`.
+
+    Returns:
+        The model; its values are those of `make_model()`.
+    """
+    graphdef, shapes = nnx.split(nnx.eval_shape(make_model))
+    make_state = jax.jit(lambda: nnx.split(make_model())[1], out_shardings=shardings(shapes, mesh))
+    return nnx.merge(graphdef, make_state())
+
+
+def _batch_axis(path: tuple) -> int:
+    # Only `Rows` has positions axis-first; a host's dictionary of arrays has all rows first.
+    field = path[-1] if path else None
+    is_positions = isinstance(field, jax.tree_util.GetAttrKey) and field.name == "positions"
+    return 1 if is_positions else 0
+
+
+def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+    """The sharding of a batch: rows over data and fsdp, the rest on every device.
+
+    Positions inside a row are cut by the models' own constraints, not here: so each process reads
+    whole rows.
+
+    Args:
+        batch: pytree of arrays or shapes (`Rows`, images, ...), the batch axis first; only a
+            dataclass' field `positions` (of `Rows`) is [3, B, T].
+        mesh: see `mesh.make_mesh`.
+
+    Returns:
+        The same structure with a NamedSharding for each array.
+
+    Raises:
+        ValueError: the mesh does not divide the number of rows.
+    """
+
+    def one(path: tuple, leaf: Any) -> NamedSharding:
+        if not leaf.shape:
+            return NamedSharding(mesh, PartitionSpec())
+        axis = _batch_axis(path)
+        check_batch(leaf.shape[axis], mesh)
+        return NamedSharding(mesh, PartitionSpec(*(None,) * axis, RULES["batch"]))
+
+    return jax.tree_util.tree_map_with_path(one, batch)
