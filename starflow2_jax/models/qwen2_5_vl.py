@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from starflow2_jax.nn import decoder, layers, rope
+from starflow2_jax.nn import decoder, layers, partition, rope
 from starflow2_jax.nn.attention import AttentionSpec
 
 
@@ -79,7 +79,10 @@ class Qwen25VL(nnx.Module):
 
     def embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """int32 [B, T] -> [B, T, D] in `dtype`."""
-        return self.embedding[...].astype(dtype)[tokens]
+        # Gathered over the shards of its width, like every weight; a look-up in the cut table would
+        # come out as the whole batch on every device.
+        table = partition.constrain(self.embedding[...].astype(dtype), ("vocab", None))
+        return partition.constrain(table[tokens], ("batch", "length", "embed_activation"))
 
     def decode(
         self,
