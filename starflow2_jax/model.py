@@ -14,6 +14,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +120,7 @@ class Model:
         *,
         draw: bool = False,
         context: int | None = None,
+        rows: int = 128,
     ) -> list[Reply]:
         """Continues each conversation with the model's turn.
 
@@ -127,14 +129,20 @@ class Model:
             sampling: how.
             draw: the reply starts with an image, whatever the model would choose.
             context: most positions of a row; default: as many as its limits allow.
+            rows: prompts of one compiled batch.
 
         Raises:
             UserError: special tokens in a text, an image of another size, a prompt too long.
         """
-        rows = self._rows(prompts, draw)
-        outputs = generate.generate(
-            self.pretzel, rows, **self._options(len(rows), sampling, context)
-        )
+        outputs: list[generate.Output] = []
+        for start in range(0, len(prompts), rows):
+            # A short last batch is filled up with its last prompt: one shape is compiled.
+            here = [min(i, len(prompts) - 1) for i in range(start, start + rows)]
+            here = here if len(prompts) > rows else list(range(len(prompts)))
+            encoded = self._rows([prompts[i] for i in here], draw)
+            options = self._options(here, sampling, context)
+            outputs += generate.generate(self.pretzel, encoded, **options)
+        outputs = outputs[: len(prompts)]
         drawn = [piece.u for out in outputs for piece in out.pieces if isinstance(piece, Image)]
         pixels = iter(self.pixels(np.stack(drawn)) if drawn else ())
         return [
@@ -160,7 +168,7 @@ class Model:
         rows = self._rows([prompt], draw)
         written: list[int] = []
         shown = ""
-        for event in generate.stream(self.pretzel, rows, **self._options(1, sampling, context)):
+        for event in generate.stream(self.pretzel, rows, **self._options([0], sampling, context)):
             if isinstance(event, generate.TextEvent):
                 written += event.tokens
                 # Bytes of one character may come in several tokens: show what is complete.
@@ -259,19 +267,26 @@ class Model:
             rows.append(Row(d.tokens, d.kinds, d.positions, mine))
         return rows
 
-    def _options(self, rows: int, sampling: Sampling, context: int | None) -> dict:
-        seed = sampling.seed
-        if isinstance(seed, int):
-            seed = [np.random.SeedSequence([seed, i]).generate_state(1)[0] for i in range(rows)]
+    def _options(
+        self, prompts: Sequence[int], sampling: Sampling, context: int | None
+    ) -> dict[str, Any]:
+        """Arguments of `generate` for the prompts of these indices."""
+
+        def pick(value: Any) -> Any:
+            return value if np.ndim(value) == 0 else [value[i] for i in prompts]
+
+        seed = pick(sampling.seed)
+        if np.ndim(seed) == 0:  # one number: every prompt has its own stream all the same
+            seed = [np.random.SeedSequence([seed, i]).generate_state(1)[0] for i in prompts]
         settings: RowSettings = row_settings(
-            rows,
+            len(prompts),
             seed=seed,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            image_temperature=sampling.image_temperature,
-            guidance=sampling.guidance,
-            max_new_tokens=sampling.max_new_tokens,
-            max_images=sampling.max_images,
+            temperature=pick(sampling.temperature),
+            top_p=pick(sampling.top_p),
+            image_temperature=pick(sampling.image_temperature),
+            guidance=pick(sampling.guidance),
+            max_new_tokens=pick(sampling.max_new_tokens),
+            max_images=pick(sampling.max_images),
         )
         unconditional = None
         if np.any(np.asarray(sampling.guidance) > 0):

@@ -68,8 +68,14 @@ QWEN_SPECIAL_TOKENS = SpecialTokens(
 def starflow2_3_6b() -> PretzelConfig:
     """The paper's model: 3.6 B trainable parameters on Qwen2.5-VL-7B."""
     flow = FlowConfig(
-        channels=32, side=16, width=3072, head_dim=64, deep_layers=24, shallow_layers=(4, 4),
-        shallow_orders=("keep", "flip"), remat="full",
+        channels=32,
+        side=16,
+        width=3072,
+        head_dim=64,
+        deep_layers=24,
+        shallow_layers=(4, 4),
+        shallow_orders=("keep", "flip"),
+        remat="full",
     )
     return PretzelConfig(qwen2_5_vl_7b(), flow, QWEN_SPECIAL_TOKENS)
 
@@ -145,13 +151,17 @@ class Likelihood:
 
 
 class Adapter(nnx.Module):
-    """u into the VLM's embedding space: Linear, exact GELU, Linear with zero-initialised weights."""
+    """u into the VLM's embedding space: Linear, exact GELU, Linear that starts at zero."""
 
-    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs) -> None:
         self.up = layers.Linear(channels, width, rngs=rngs, logical=(None, "embed"))
         self.out = layers.Linear(
-            width, width, rngs=rngs, logical=("embed", None),
-            kernel_init=layers.zeros, bias_init=layers.zeros,
+            width,
+            width,
+            rngs=rngs,
+            logical=("embed", None),
+            kernel_init=layers.zeros,
+            bias_init=layers.zeros,
         )
 
     def __call__(self, u: jax.Array) -> jax.Array:
@@ -162,7 +172,7 @@ class Adapter(nnx.Module):
 class Pretzel(nnx.Module):
     """The two streams and their couplings."""
 
-    def __init__(self, config: PretzelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: PretzelConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         vlm, flow = config.vlm, config.flow
         self.vlm = Qwen25VL(vlm, rngs=rngs)
@@ -247,12 +257,16 @@ class Pretzel(nnx.Module):
         log_dets = [d.reshape(b, i, n, c) for d in log_dets]
         u = spread_images(outputs[-1], rows.image_start, rows.tokens.shape[1])
         streams = self.run(
-            rows.tokens, rows.kinds, rows.positions, u,
-            AttentionSpec(causal=True, segments=rows.segments), parts,
+            rows.tokens,
+            rows.kinds,
+            rows.positions,
+            u,
+            AttentionSpec(causal=True, segments=rows.segments),
+            parts,
         )
         follows = rows.segments[:, 1:] == rows.segments[:, :-1]
         text = follows & (rows.kinds[:, 1:] == Kind.TEXT)
-        before = lambda a: None if a is None else a[:, :-1]  # noqa: E731
+        before = lambda a: None if a is None else a[:, :-1]
         text_log_prob = _token_log_prob(
             self.logits(before(streams.y), before(streams.g), parts), rows.tokens[:, 1:]
         )

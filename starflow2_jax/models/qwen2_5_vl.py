@@ -55,15 +55,21 @@ class LanguageModelConfig:
 def qwen2_5_vl_7b() -> LanguageModelConfig:
     """The language model of Qwen2.5-VL-7B."""
     return LanguageModelConfig(
-        vocab_size=152064, width=3584, layers=28, heads=28, kv_heads=4, head_dim=128,
-        mlp_width=18944, tied=False,
+        vocab_size=152064,
+        width=3584,
+        layers=28,
+        heads=28,
+        kv_heads=4,
+        head_dim=128,
+        mlp_width=18944,
+        tied=False,
     )
 
 
 class Qwen25VL(nnx.Module):
     """The frozen stream."""
 
-    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LanguageModelConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         scale = 1.0 / math.sqrt(config.width)
 

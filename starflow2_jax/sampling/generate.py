@@ -59,8 +59,8 @@ class DoneEvent:
     reason: Reason
 
 
-# No prompt and no cache is compiled for less.
-SHORTEST = 16
+# No prompt, no cache and no room for images is compiled for less.
+SHORTEST_PROMPT, SHORTEST_CACHE, FEWEST_IMAGES = 16, 64, 4
 
 Event = TextEvent | ImageEvent | DoneEvent
 
@@ -178,13 +178,13 @@ def _begin(
     if unconditional is not None:
         slots = max(slots, len(unconditional) + config.flow.tokens)
         unconditional = jnp.asarray(unconditional, jnp.int32)
-    slots = bucket(max(slots, SHORTEST), parts=4)
+    slots = bucket(max(slots, SHORTEST_CACHE), parts=4)
     if context is not None:
         slots = min(slots, context)
-    length = min(bucket(max(SHORTEST, *map(len, rows)), parts=4), slots)
+    length = min(bucket(max(SHORTEST_PROMPT, *map(len, rows)), parts=4), slots)
     extra = bucket(count, parts=8) - count
     settings = _more_rows(settings, extra)
-    images = max(1, int(np.asarray(settings.max_images).max()))
+    images = bucket(max(FEWEST_IMAGES, int(np.asarray(settings.max_images).max())), parts=2)
     if settings.noise is not None:
         images = max(images, settings.noise.shape[1])
     prompt = padded([*rows, *[_padding_row(config)] * extra], length)

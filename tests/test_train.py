@@ -1,0 +1,155 @@
+"""The train command as a user runs it: stages, resuming, interruption, bad work directories."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from starflow2_jax.cli.main import main
+from starflow2_jax.training.checkpoint import checksum, load_tree
+from starflow2_jax.training.metrics import read_metrics
+
+HERE = pathlib.Path(__file__).parent
+CONFIG = str(HERE / "resume_config.py")
+CONFIGS = sorted((HERE.parent / "configs").glob("*.py"))
+
+pytestmark = pytest.mark.slow
+
+
+def train(workdir, before="", **options):
+    """Runs the command in a process of its own, after the statements `before`."""
+    code = textwrap.dedent(before) + textwrap.dedent(
+        f"""
+        import sys
+        from starflow2_jax.cli.main import main
+        sys.exit(main(["train", "--config", {CONFIG!r}, "--workdir", {str(workdir)!r}]))
+        """
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600, **options
+    )
+
+
+def losses(workdir):
+    """Everything in metrics.jsonl that is not a time or a rate."""
+    timing = {"seconds", "stage_seconds", "images_per_second", "tokens_per_second"}
+    timing |= {"peak_memory_gb"}
+    return [
+        {k: v for k, v in row.items() if k not in timing}
+        for row in read_metrics(workdir / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    done = train(workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def assert_same_run(workdir, uninterrupted):
+    assert losses(workdir) == losses(uninterrupted)
+    ours, theirs = (load_tree(d / "model" / "weights")[0] for d in (workdir, uninterrupted))
+    assert checksum(ours) == checksum(theirs)
+
+
+def test_two_runs_are_bit_equal_and_the_frozen_weights_stay(uninterrupted, tmp_path):
+    assert train(tmp_path).returncode == 0
+    assert_same_run(tmp_path, uninterrupted)
+    record = json.loads((tmp_path / "model" / "model.json").read_text())
+    assert record["frozen_checksum_before"] == record["frozen_checksum_after"] != ""
+
+
+MIDDLE_OF_A_STEP = """
+    import os, signal
+    from starflow2_jax.training import metrics
+    update = metrics.Progress.update
+    def kill(self, step, *args, **kwargs):  # a step has just been dispatched
+        if self._stage == "joint" and step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update(self, step, *args, **kwargs)
+    metrics.Progress.update = kill
+"""
+# Orbax commits a step by renaming its directory.
+MIDDLE_OF_A_SAVE = """
+    import os, signal
+    rename = os.rename
+    def kill(source, target, *args, **kwargs):
+        if str(target).endswith("joint/checkpoints/4"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(source, target, *args, **kwargs)
+    os.rename = kill
+"""
+
+
+@pytest.mark.parametrize("fatal", [MIDDLE_OF_A_STEP, MIDDLE_OF_A_SAVE], ids=["step", "save"])
+def test_killed_run_resumes_to_the_same_bits(uninterrupted, tmp_path, fatal):
+    killed = train(tmp_path, fatal)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    saved = [p.name for p in (tmp_path / "joint" / "checkpoints").iterdir() if p.name.isdigit()]
+    assert saved == ["2"]
+    resumed = train(tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "joint 3/6" in resumed.stdout and "text_to_image 1/4" not in resumed.stdout
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_interruption_saves_and_ends_cleanly(uninterrupted, tmp_path):
+    interrupt = MIDDLE_OF_A_STEP.replace("SIGKILL", "SIGINT")
+    stopped = train(tmp_path, interrupt)
+    assert stopped.returncode == 130
+    assert "interrupted at stage joint step 3; saved" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert train(tmp_path).returncode == 0
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_finished_run_says_so(uninterrupted, capsys):
+    assert main(["train", "--config", CONFIG, "--workdir", str(uninterrupted)]) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("--config.stages.joint.optimizer.learning_rat=1", "learning_rate"),
+        ("--config.seed=4", "belongs to another config"),
+    ],
+)
+def test_bad_input_is_one_line(uninterrupted, capsys, override, message):
+    arguments = ["train", "--config", CONFIG, "--workdir", str(uninterrupted), override]
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0]
+
+
+def test_a_batch_that_the_mesh_does_not_divide(tmp_path, capsys):
+    arguments = ["train", "--config", CONFIG, "--workdir", str(tmp_path)]
+    assert main([*arguments, "--config.stages.joint.batch.rows=6"]) == 2
+    assert "batch of 6 rows" in capsys.readouterr().err
+
+
+def test_a_corrupt_checkpoint_is_named_and_kept(uninterrupted, tmp_path, capsys):
+    assert train(tmp_path, MIDDLE_OF_A_STEP).returncode == -signal.SIGKILL
+    step = tmp_path / "joint" / "checkpoints" / "2"
+    arrays = max(step.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    os.truncate(arrays, arrays.stat().st_size // 2)
+    assert main(["train", "--config", CONFIG, "--workdir", str(tmp_path)]) == 2
+    assert str(step) in capsys.readouterr().err
+    assert step.is_dir()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_runs_in_smoke_mode(config, tmp_path):
+    arguments = ["train", "--config", str(config), "--workdir", str(tmp_path)]
+    assert main([*arguments, "--config.smoke=True"]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert np.isfinite(report["bits_per_dim"])
+    assert report["frozen_checksum_before"] == report["frozen_checksum_after"]
