@@ -54,7 +54,7 @@ def config_from_json(record: Mapping[str, Any]) -> PretzelConfig:
 
 
 def _codec_arrays(codec: PatchCodec) -> dict[str, jax.Array]:
-    return {"mean": codec.mean, "basis": codec.basis, "divisors": codec.divisors}
+    return {"order": codec.order, "basis": codec.basis, "divisors": codec.divisors}
 
 
 def save_bundle(folder: pathlib.Path, bundle: Bundle) -> None:
@@ -69,7 +69,6 @@ def save_bundle(folder: pathlib.Path, bundle: Bundle) -> None:
         "format_version": FORMAT_VERSION,
         "model": dataclasses.asdict(bundle.model.config),
         "image": dataclasses.asdict(bundle.image),
-        "codec": {"patch": bundle.codec.patch, "channels": bundle.codec.channels},
         **bundle.metadata,
     }
     write_json(folder / MODEL_FILE, record)
@@ -91,21 +90,23 @@ def load_bundle(folder: pathlib.Path) -> Bundle:
         version = record["format_version"]
         config = config_from_json(record["model"])
         image = ImageShape(**record["image"])
-        codec_fields = record["codec"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a model description ({error})") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, this package reads {FORMAT_VERSION}")
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Pretzel(config, rngs=nnx.Rngs(0))))
-    dims = codec_fields["patch"] ** 2 * codec_fields["channels"]
-    codec = {name: jax.ShapeDtypeStruct((dims,), jnp.float32) for name in ("mean", "divisors")}
-    codec["basis"] = jax.ShapeDtypeStruct((dims, dims), jnp.float32)
+    flow = config.flow
+    codec = {
+        "order": jax.ShapeDtypeStruct((flow.tokens * flow.channels,), jnp.int32),
+        "basis": jax.ShapeDtypeStruct((flow.channels, flow.channels), jnp.float32),
+        "divisors": jax.ShapeDtypeStruct((flow.channels,), jnp.float32),
+    }
     wanted = {"model": nnx.to_pure_dict(abstract), "codec": codec}
     arrays, _ = load_tree(folder / "weights", jax.tree.map(_on_default_device, wanted))
     nnx.replace_by_pure_dict(abstract, arrays["model"])
     return Bundle(
         model=nnx.merge(graphdef, abstract),
-        codec=PatchCodec(**arrays["codec"], **codec_fields),
+        codec=PatchCodec(**arrays["codec"], shape=(image.height, image.width, image.channels)),
         tokenizer=load_tokenizer(folder / "tokenizer"),
         image=image,
         metadata=record,

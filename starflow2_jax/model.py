@@ -219,8 +219,7 @@ class Model:
                 images, text = _score(self.pretzel, self.bundle.codec, batch)
                 image_total = image_total + np.asarray(images, np.float64) / draws
                 text_total = text_total + np.asarray(text, np.float64) / draws
-            dims = np.prod(part[0].images.shape[1:])
-            bits = np.asarray(self.bundle.codec.bits_per_dim(image_total, dims))
+            bits = np.asarray(self.bundle.codec.bits_per_dim(image_total))
             for row, document in enumerate(part):
                 count = len(document.images)
                 loss = np.flatnonzero(document.text_loss)

@@ -1,5 +1,7 @@
 """From turns to rows: tokens, kinds, positions, losses, packing; and pixels to latents."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from starflow2_jax.data.sequences import (
 )
 from starflow2_jax.data.tokenizer import load_tokenizer
 from starflow2_jax.errors import UserError
-from starflow2_jax.models.patches import PatchCodec, fit_patch_codec
+from starflow2_jax.models.patches import fit_patch_codec, patch_order
 from starflow2_jax.models.pretzel import Kind
 
 SHAPE = ImageShape(4, 4, 1, 2)
@@ -140,23 +142,34 @@ def test_packed_rows_hold_whole_documents(tokenizer):
         np.testing.assert_array_equal(value, after[name])
 
 
-def test_patch_codec_is_an_exact_change_of_variables(x64):
+@pytest.mark.parametrize("patch, frame, tokens", [(7, 0, 16), (5, 4, 16), (4, 0, 49)])
+def test_patch_codec_is_an_exact_change_of_variables(x64, patch, frame, tokens):
     images = digits.load_splits()["tune"].images
-    fitted = fit_patch_codec(images, 7, 0)
-    codec = PatchCodec(*(jnp.asarray(a, jnp.float64) for a in jax.tree.leaves(fitted)), 7, 1)
+    fitted = fit_patch_codec(images, patch_order(28, 28, 1, patch, frame), tokens, 0)
+    wide = {n: jnp.asarray(getattr(fitted, n), jnp.float64) for n in ("basis", "divisors")}
+    codec = dataclasses.replace(fitted, **wide)
     uniform = np.random.default_rng(1).random(images.shape)
     x = codec.encode(jnp.asarray(images), uniform)
+    assert x.shape == (len(images), tokens, 784 // tokens)
     np.testing.assert_array_equal(codec.to_uint8(x), images)
-    # One grey level is 2/256 wide, so log2 |det| per dim of pixels -> x is -mean log2 divisors.
-    jacobian = jax.jacfwd(lambda pixels: codec.encode(pixels, 0.0).ravel())(jnp.zeros((1, 7, 7, 1)))
-    log_det = np.linalg.slogdet(np.asarray(jacobian).reshape(49, 49))[1]
-    bits = codec.bits_per_dim(jnp.zeros(()), 49)
-    np.testing.assert_allclose(bits, -log_det / 49 / np.log(2), atol=1e-6)
+    # With levels for pixels, the constant of bits_per_dim is minus log2 |det| per dim.
+    levels = jnp.zeros((1, 28, 28, 1))
+    jacobian = jax.jacfwd(lambda levels: codec.encode(levels, 0.0).ravel())(levels)
+    log_det = np.linalg.slogdet(np.asarray(jacobian).reshape(784, 784))[1]
+    bits = codec.bits_per_dim(jnp.zeros(()))
+    np.testing.assert_allclose(bits, -log_det / 784 / np.log(2), atol=1e-6)
+
+
+def test_patches_that_do_not_fill_the_image():
+    with pytest.raises(ValueError, match="do not fill"):
+        patch_order(28, 28, 1, 5)
+    with pytest.raises(ValueError, match="does not divide"):
+        patch_order(7, 7, 1, 1, 1)
 
 
 def test_inverted_images_are_negative_latents():
     images = digits.load_splits()["tune"].images[:4]
-    codec = fit_patch_codec(images, 7, 0)
+    codec = fit_patch_codec(images, patch_order(28, 28, 1, 7), 16, 0)
     x = codec.encode(jnp.asarray(images), 0.5)
     y = codec.encode(jnp.asarray(255 - images), 0.5)
     np.testing.assert_allclose(np.asarray(x), -np.asarray(y), atol=1e-4)

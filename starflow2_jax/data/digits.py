@@ -15,7 +15,7 @@ import numpy as np
 from starflow2_jax.data import pipeline
 from starflow2_jax.data.sequences import Document, ImageShape, Turn, Words, encode_turns
 from starflow2_jax.data.tokenizer import Tokenizer, train_tokenizer
-from starflow2_jax.models.patches import fit_patch_codec
+from starflow2_jax.models.patches import fit_patch_codec, patch_order
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 Task = Literal["draw", "draw_inverted", "neighbour", "nothing", "read", "next", "invert", "story"]
@@ -213,6 +213,7 @@ class DigitsData:
         self,
         *,
         patch: int,
+        frame: int,
         copies: int,
         raw_share: float,
         mixtures: Mapping[str, Mapping[Task, float]],
@@ -221,7 +222,8 @@ class DigitsData:
         """Prepares both splits.
 
         Args:
-            patch: side of a patch in pixels; 28 / patch tokens on each side.
+            patch: side of a patch in pixels.
+            frame: width of the margin that is dealt out to all tokens, see `patch_order`.
             copies: affine copies of each training digit.
             raw_share: of the training images shown, how many are unwarped ones.
             mixtures: shares of the tasks, by stage.
@@ -230,8 +232,10 @@ class DigitsData:
         splits = load_splits()
         train = splits["train"]
         self.tokenizer = tokenizer()
-        self.image = ImageShape(28, 28, 1, 28 // patch)
-        self.codec = fit_patch_codec(train.images, patch, seed)
+        side = (28 - 2 * frame) // patch
+        self.image = ImageShape(28, 28, 1, side)
+        order = patch_order(28, 28, 1, patch, frame)
+        self.codec = fit_patch_codec(train.images, order, side * side, seed)
         self._mixtures = mixtures
         raw = len(train.labels)
         self._training = Conversations(

@@ -204,10 +204,9 @@ def measure(model: Model, config: ReportConfig, folder: pathlib.Path) -> dict[st
 
     scores = score_captions(model, test.images, _captions(), draws=config.draws)
     own = scores.captioned[np.arange(len(test.labels)), test.labels]
-    dims = test.images[0].size
 
     def bits(nats: np.ndarray) -> float:
-        return float(np.mean(model.bundle.codec.bits_per_dim(nats, dims)))
+        return float(np.mean(model.bundle.codec.bits_per_dim(nats)))
 
     gap, error = paired_difference(own, scores.empty)
     gaussian = gaussian_bits_per_dim(train, tune, test, config.seed)
