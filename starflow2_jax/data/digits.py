@@ -18,7 +18,17 @@ from starflow2_jax.data.tokenizer import Tokenizer, train_tokenizer
 from starflow2_jax.models.patches import fit_patch_codec, patch_order
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-Task = Literal["draw", "draw_inverted", "neighbour", "nothing", "read", "next", "invert", "story"]
+Task = Literal[
+    "draw",
+    "draw_inverted",
+    "neighbour",
+    "nothing",
+    "read",
+    "next",
+    "invert",
+    "story",
+    "story_start",
+]
 STORY_IMAGES = 3
 QUESTION = "which digit is this?"
 NEXT = "draw the next digit"
@@ -181,6 +191,11 @@ class Conversations:
             shown = picture(digit, False)
             drawn = picture(digit, True, True) if in_words else 255 - shown
             return [Turn("user", (shown, INVERT)), Turn("assistant", (drawn,))]
+        if task == "story_start":
+            return [
+                Turn("user", (story_prompt(digit),)),
+                Turn("assistant", (NUMBERS[digit], picture(digit, True))),
+            ]
         start = int(rng.integers(0, 10 - STORY_IMAGES + 1))
         parts = []
         for number in range(start, start + STORY_IMAGES):

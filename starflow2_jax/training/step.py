@@ -24,8 +24,9 @@ class StepConfig:
     Attributes:
         steps: optimiser steps of the stage.
         learning_rate: peak; linear warm-up over `warmup` steps, then cosine to `final_rate` of it.
-        noise_start, noise_end: standard deviation of the noise on the latents, geometric in between
-            over the first `noise_share` of the steps; afterwards `noise_final`.
+        noise_start, noise_end: standard deviation of the noise on the latents: the first for
+            `noise_hold` of the steps, then geometrically to the second until `noise_share` of them;
+            afterwards `noise_final`.
     """
 
     steps: int
@@ -41,6 +42,7 @@ class StepConfig:
     latent_norm: float = 1e-4
     noise_start: float = 0.0
     noise_end: float = 0.0
+    noise_hold: float = 0.0
     noise_share: float = 0.0
     noise_final: float = 0.0
 
@@ -62,9 +64,12 @@ class StepConfig:
         """Noise on the latents at a step."""
         if not self.noise_share:
             return jnp.float32(self.noise_final)
-        done = step / (self.noise_share * self.steps)
-        annealed = self.noise_start * (self.noise_end / self.noise_start) ** done
-        return jnp.where(done < 1.0, annealed, self.noise_final).astype(jnp.float32)
+        done = step / self.steps
+        decayed = (done - self.noise_hold) / (self.noise_share - self.noise_hold)
+        annealed = self.noise_start * (self.noise_end / self.noise_start) ** jnp.maximum(
+            decayed, 0.0
+        )
+        return jnp.where(done < self.noise_share, annealed, self.noise_final).astype(jnp.float32)
 
 
 def noisy_latents(
