@@ -27,6 +27,7 @@ from starflow2_jax.errors import UserError
 from starflow2_jax.models.patches import PatchCodec
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.sampling import display, generate
+from starflow2_jax.sampling.generate import Output
 from starflow2_jax.sampling.prompts import Image, Row
 from starflow2_jax.sampling.state import RowSettings, row_settings
 
@@ -134,7 +135,7 @@ class Model:
         Raises:
             UserError: special tokens in a text, an image of another size, a prompt too long.
         """
-        outputs: list[generate.Output] = []
+        outputs: list[Output] = []
         for start in range(0, len(prompts), rows):
             # A short last batch is filled up with its last prompt: one shape is compiled.
             here = [min(i, len(prompts) - 1) for i in range(start, start + rows)]
@@ -145,16 +146,17 @@ class Model:
         outputs = outputs[: len(prompts)]
         drawn = [piece.u for out in outputs for piece in out.pieces if isinstance(piece, Image)]
         pixels = iter(self.pixels(np.stack(drawn)) if drawn else ())
-        return [
-            Reply(
-                tuple(
-                    next(pixels) if isinstance(piece, Image) else self._text(piece.tokens)
-                    for piece in out.pieces
-                ),
-                out.reason,
-            )
-            for out in outputs
-        ]
+        return [Reply(self._parts(out, pixels), out.reason) for out in outputs]
+
+    def _parts(self, out: Output, pixels: Iterator[np.ndarray]) -> tuple[str | np.ndarray, ...]:
+        """An output's pieces as text and images; a piece that is only an end token is nothing."""
+        parts: list[str | np.ndarray] = []
+        for piece in out.pieces:
+            if isinstance(piece, Image):
+                parts.append(next(pixels))
+            elif text := self._text(piece.tokens):
+                parts.append(text)
+        return tuple(parts)
 
     def stream(
         self,
