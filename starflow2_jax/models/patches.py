@@ -13,6 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def dequantised(images: jax.Array, uniform: jax.Array) -> jax.Array:
+    """8-bit values and U[0, 1) noise of that shape -> [-1, 1), uniform in each grey level's cell."""
+    return 2.0 * (images + uniform) / 256.0 - 1.0
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PatchCodec:
@@ -34,8 +39,7 @@ class PatchCodec:
 
     def encode(self, images: jax.Array, uniform: jax.Array) -> jax.Array:
         """uint8 [B, H, W, channels] and U[0, 1) noise of that shape -> x [B, N, C]."""
-        pixels = 2.0 * (images + uniform) / 256.0 - 1.0
-        return (self._split(pixels) - self.mean) @ self.basis / self.divisors
+        return (self._split(dequantised(images, uniform)) - self.mean) @ self.basis / self.divisors
 
     def decode(self, x: jax.Array) -> jax.Array:
         """x [B, N, C] -> real pixels [B, H, W, channels] on the [-1, 1) scale (square images)."""
