@@ -14,7 +14,7 @@ import numpy as np
 
 
 def dequantised(images: jax.Array, uniform: jax.Array) -> jax.Array:
-    """8-bit values and U[0, 1) noise of that shape -> [-1, 1), uniform in each grey level's cell."""
+    """8-bit values and U[0, 1) noise of their shape -> [-1, 1), uniform inside a grey level."""
     return 2.0 * (images + uniform) / 256.0 - 1.0
 
 
