@@ -21,6 +21,7 @@ from starflow2_jax.convert import starflow as convert
 from starflow2_jax.models import starflow
 from starflow2_jax.models.af_block import Given
 from starflow2_jax.models.guidance import GaussianGuidance, LogScaleGuidance
+from starflow2_jax.nn.attention import AttentionSpec
 from starflow2_jax.sampling import jacobi
 
 pytestmark = pytest.mark.golden
@@ -73,6 +74,11 @@ class Case:
 
     def images(self, name):
         return jnp.asarray(last(self.raw(name)))
+
+    @property
+    def sigma(self):
+        # Stored as float32, computed with as the decimal that it was written as.
+        return float(str(self.data["in/sigma"]))
 
     def given(self, text="y", **more):
         """The text or the labels of that name, where the file has any."""
@@ -142,7 +148,7 @@ def traces(case, model, x, given):
             hidden, length = jnp.concatenate([text, hidden], axis=1), text.shape[1]
         angles = case.config.angles(h, w, length, case.dtype)
         rotation = None if angles is None else (jnp.cos(angles), jnp.sin(angles))
-        spec = starflow_spec(given)
+        spec = AttentionSpec(temperature=given.temperature)
         for i in range(block.config.layers):
             layer = jax.tree.map(lambda a, i=i: a[i], block.decoder.layers)
             mixed, _ = layer.attention(layer.attention_norm(hidden), rotation, spec, None)
@@ -159,12 +165,6 @@ def traces(case, model, x, given):
         put("proj_out", block.head.proj(hidden[:, length:]))
     results = {f"trace/{name}": value for name, value in results.items()}
     return {name: value for name, value in results.items() if name in recorded}
-
-
-def starflow_spec(given):
-    from starflow2_jax.nn.attention import AttentionSpec
-
-    return AttentionSpec(temperature=given.temperature)
 
 
 def input_of(case):
@@ -268,15 +268,14 @@ def gradient_results(case, x, sigma, denoised):
 @parametrised("starflow")
 def test_starflow_gradients(path, precision):
     case = Case(np.load(path), precision, "starflow")
-    sigma = case.raw("sigma") if "sigma" in case else None
+    sigma = case.sigma if "sigma" in case else None
     compare(case, gradient_results(case, input_of(case), sigma, "self_denoised"), "gradients")
 
 
 @parametrised("tarflow")
 def test_tarflow_gradients(path, precision):
     case = Case(np.load(path), precision, "tarflow")
-    sigma = case.raw("sigma")
-    compare(case, gradient_results(case, case.images("x"), sigma, "denoised"), "gradients")
+    compare(case, gradient_results(case, case.images("x"), case.sigma, "denoised"), "gradients")
 
 
 @functools.partial(tiny.jit, static_argnames="invert")
