@@ -18,7 +18,7 @@ from starflow2_jax.data.tokenizer import Tokenizer, train_tokenizer
 from starflow2_jax.models.patches import fit_patch_codec
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-Task = Literal["draw", "draw_inverted", "nothing", "read", "next", "invert", "story"]
+Task = Literal["draw", "draw_inverted", "neighbour", "nothing", "read", "next", "invert", "story"]
 STORY_IMAGES = 3
 QUESTION = "which digit is this?"
 NEXT = "draw the next digit"
@@ -28,6 +28,13 @@ INVERT = "invert this image"
 def caption(digit: int, inverted: bool = False) -> str:
     """What a user writes to have a digit drawn."""
     return f"a handwritten {NUMBERS[digit]}{' inverted' if inverted else ''}"
+
+
+def neighbour_caption(digit: int, after: bool) -> str:
+    """A caption that does not name its digit, but the one before or after it."""
+    if after:
+        return f"the digit after {NUMBERS[digit - 1]}"
+    return f"the digit before {NUMBERS[digit + 1]}"
 
 
 def story_prompt(start: int) -> str:
@@ -40,6 +47,8 @@ def texts() -> list[str]:
     prompts = [QUESTION, NEXT, INVERT, *NUMBERS]
     for digit in range(10):
         prompts += [caption(digit), caption(digit, True), story_prompt(digit)]
+        prompts += [neighbour_caption(digit, True)] if digit > 0 else []
+        prompts += [neighbour_caption(digit, False)] if digit < 9 else []
     return prompts
 
 
@@ -93,8 +102,9 @@ def with_affine_copies(digits: Digits, copies: int, seed: int) -> Digits:
             turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
             matrix = turn @ np.array([[1.0, shear], [0.0, 1.0]]) @ np.diag(scale)
             offset = centre - matrix @ (centre + rng.uniform(-1, 1, size=2))
-            moved = ndimage.affine_transform(image.astype(np.float32), matrix, offset, order=1)
-            warped[i, :, :, 0] = np.clip(np.round(moved), 0, 255)
+            # Cubic: linear interpolation would blur strokes, and the likelihood would notice.
+            moved = ndimage.affine_transform(image.astype(np.float32), matrix, offset, order=3)
+            warped[i, :, :, 0] = np.where(moved < 8, 0, np.clip(np.round(moved), 0, 255))
         images.append(warped)
     return Digits(np.concatenate(images), np.tile(digits.labels, copies + 1))
 
@@ -149,6 +159,12 @@ class Conversations:
             return [
                 Turn("user", (caption(digit, inverted),)),
                 Turn("assistant", (picture(digit, True, inverted),)),
+            ]
+        if task == "neighbour":
+            after = digit == 9 or (digit > 0 and rng.random() < 0.5)
+            return [
+                Turn("user", (neighbour_caption(digit, after),)),
+                Turn("assistant", (picture(digit, True),)),
             ]
         if task == "read":
             return [

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow2_jax.data.sequences import Document
+from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import Kind, Rows
 
 HostBatch = dict[str, np.ndarray]
@@ -61,17 +62,33 @@ def packed_batches(documents: grain.IterDataset, shape: BatchShape) -> grain.Ite
 
     Args:
         documents: of `features` dictionaries.
-        shape: of a batch; a document that does not fit into an empty row is an error of Grain's.
+        shape: of a batch.
 
     Returns:
         Batches of `tokens, kinds, segments` int32 [B, T], `positions` int32 [B, T, 3], `text_loss`
         bool [B, T], `images` uint8 [B, I, H, W, channels], `image_seeds` uint32 [B, I],
         `image_start` int32 [B, I].
+
+    Raises:
+        UserError: when a batch is read: a document does not fit into an empty row.
     """
     per_position = dict.fromkeys(("tokens", "kinds", "positions", "text_loss"), shape.length)
     per_image = dict.fromkeys(("images", "image_seeds"), shape.images)
+
+    def fitting(document: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        for name, size, unit in (
+            ("tokens", shape.length, "positions"),
+            ("images", shape.images, "images"),
+        ):
+            if len(document[name]) > size:
+                raise UserError(
+                    f"a document has {len(document[name])} {unit}, but a row of this stage's batch "
+                    f"holds {size}: make rows longer, or documents shorter"
+                )
+        return document
+
     packed = grain.experimental.FirstFitPackIterDataset(
-        documents,
+        documents.map(fitting),
         length_struct=per_position | per_image,
         num_packing_bins=shape.rows,
         shuffle_bins=False,

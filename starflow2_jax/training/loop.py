@@ -108,7 +108,11 @@ def run(config: ml_collections.ConfigDict, module: types.ModuleType, workdir: pa
         return
     data = module.make_data(config)
     model_config = module.make_model_config(config, data)
-    with rules.use(mesh), _Interruptible() as stop, MetricsWriter(workdir) as metrics:
+    with (
+        rules.use(mesh),
+        _Interruptible() as stop,
+        MetricsWriter(workdir, enabled=jax.process_index() == 0) as metrics,
+    ):
         model = rules.born_sharded(lambda: Pretzel(model_config, rngs=nnx.Rngs(config.seed)), mesh)
         codec = jax.device_put(data.codec, NamedSharding(mesh, jax.P()))
         this = _Run(config, module, workdir, mesh, data, codec, model, metrics, stop)
@@ -238,7 +242,13 @@ def _train(
     )
     held_out = _held_out(this, stage, config, graphdef, frozen)
     first = int(state["step"])
-    progress = Progress(stage.name, config.steps, first, this.config.log_seconds)
+    progress = Progress(
+        stage.name,
+        config.steps,
+        first,
+        this.config.log_seconds,
+        enabled=jax.process_index() == 0,
+    )
     began, before = time.monotonic(), metadata["seconds"]
     counts = {"images": 0, "tokens": 0}
     pending: tuple[int, dict[str, jax.Array]] | None = None

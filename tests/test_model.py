@@ -1,0 +1,119 @@
+"""The Python interface: a saved model loads, writes, draws, streams and scores."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from starflow2_jax import Sampling, Turn, load
+from starflow2_jax.bundle import Bundle, save_bundle
+from starflow2_jax.data import digits, pipeline
+from starflow2_jax.data.sequences import ImageShape, encode_turns
+from starflow2_jax.errors import UserError
+from starflow2_jax.evaluation.likelihood import CaptionScores, score_captions
+from starflow2_jax.model import Model
+from starflow2_jax.models.patches import fit_patch_codec
+from starflow2_jax.models.pretzel import PretzelConfig
+
+SHAPE = ImageShape(4, 4, 1, 2)
+IMAGES = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 1), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def model():
+    tokenizer = digits.tokenizer()
+    config = PretzelConfig(
+        tiny.vlm(vocab_size=tokenizer.vocab_size),
+        tiny.flow(channels=4),
+        tokenizer.special,
+        dtype="float32",
+    )
+    codec = fit_patch_codec(IMAGES, 2, 0)
+    return Model(Bundle(tiny.pretzel(config), codec, tokenizer, SHAPE, {"seed": 5}))
+
+
+def test_a_saved_model_is_the_same_model(model, tmp_path):
+    save_bundle(tmp_path / "model", model.bundle)
+    again = load(tmp_path)
+    assert again.pretzel.config == model.pretzel.config
+    assert again.bundle.metadata["seed"] == 5 and again.bundle.image == SHAPE
+    prompts = [[Turn("user", ("a handwritten three", IMAGES[0]))]]
+    sampling = Sampling(temperature=1.0, max_new_tokens=6, seed=1)
+    ours, theirs = model.generate(prompts, sampling)[0], again.generate(prompts, sampling)[0]
+    assert ours.text == theirs.text
+    for a, b in zip(ours.images, theirs.images, strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(UserError, match="no model.json"):
+        load(tmp_path / "elsewhere")
+
+
+def test_drawing_starts_at_once_and_has_the_image_shape(model):
+    prompts = [[Turn("user", (digits.caption(d),))] for d in range(5)]
+    replies = model.generate(prompts, Sampling(guidance=1.0, max_images=1), draw=True, rows=2)
+    assert [len(reply.images) for reply in replies] == [1] * 5
+    assert replies[0].images[0].shape == (4, 4, 1) and replies[0].images[0].dtype == np.uint8
+    assert all(reply.reason == "images" for reply in replies)
+
+
+def test_a_prompt_samples_alike_alone_and_in_company(model):
+    prompts = [[Turn("user", (digits.caption(d),))] for d in range(3)]
+    sampling = Sampling(temperature=1.0, max_new_tokens=5, max_images=0, seed=[7, 8, 9])
+    together = model.generate(prompts, sampling)
+    alone = model.generate(prompts[1:2], dataclasses.replace(sampling, seed=[8]))
+    assert together[1].text == alone[0].text
+
+
+def test_a_stream_is_the_reply_piece_by_piece(model):
+    prompt = [Turn("user", ("count up from three",))]
+    sampling = Sampling(temperature=1.0, max_new_tokens=8, max_images=2, seed=[3])
+    whole = model.generate([prompt], sampling)[0]
+    pieces = list(model.stream(prompt, sampling))
+    written = "".join(piece for piece in pieces if isinstance(piece, str))
+    assert written.replace(" ", "") == whole.text.replace(" ", "")
+    images = [piece for piece in pieces if isinstance(piece, np.ndarray)]
+    for a, b in zip(images, whole.images, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_log_prob_is_the_models(model):
+    turns = [
+        Turn("user", (IMAGES[0], "which digit is this?")),
+        Turn("assistant", ("three", IMAGES[1])),
+    ]
+    short = [Turn("user", ("a handwritten two",)), Turn("assistant", ("two",))]
+    scores = model.log_prob([turns, short, turns], seeds=[0, 1, 0], rows=2)
+    assert [s.images.shape for s in scores] == [(2,), (0,), (2,)]
+    np.testing.assert_array_equal(scores[0].images, scores[2].images)
+    document = encode_turns(turns, model.tokenizer, SHAPE)
+    batch = pipeline.single_batch([document])
+    noise = np.random.SeedSequence([0, 0]).generate_state(2)
+    draw = lambda seed: jax.random.uniform(jax.random.key(seed), (4, 4, 1))
+    x = model.bundle.codec.encode(jnp.asarray(IMAGES[:2]), jax.vmap(draw)(jnp.asarray(noise)))
+    expected = model.pretzel.log_prob(pipeline.to_rows(batch), x[None])
+    np.testing.assert_allclose(scores[0].images, expected.image_log_prob[0], rtol=1e-5)
+    text = np.asarray(expected.text_log_prob[0])[document.text_loss]
+    np.testing.assert_allclose(scores[0].text, text, rtol=1e-5)
+
+
+def test_bad_prompts_are_the_users_to_mend(model):
+    with pytest.raises(UserError, match="end with a user's turn"):
+        model.generate([[Turn("assistant", ("three",))]])
+    with pytest.raises(UserError, match="special token"):
+        model.generate([[Turn("user", ("<|image_pad|>",))]])
+    with pytest.raises(UserError, match="shape"):
+        model.generate([[Turn("user", (np.zeros((2, 2, 1), np.uint8),))]])
+    with pytest.raises(UserError, match="context holds 4"):
+        model.generate([[Turn("user", ("a handwritten three",))]], context=4)
+
+
+def test_captions_are_scored_with_the_same_noise(model):
+    scores = score_captions(model, IMAGES, ["a handwritten two", "a handwritten two"])
+    assert scores.captioned.shape == (3, 2) and scores.empty.shape == (3,)
+    np.testing.assert_array_equal(scores.captioned[:, 0], scores.captioned[:, 1])
+    np.testing.assert_allclose(scores.mixture(), scores.captioned[:, 0], rtol=1e-12)
+    table = CaptionScores(np.log(np.array([[1.0, 3.0]])), np.zeros(1))
+    np.testing.assert_allclose(table.mixture(), np.log(2.0))
+    assert table.posterior_argmax() == [1]
