@@ -137,11 +137,11 @@ def traces(case, model, x, given):
         u = tokens.reshape(b, h * w, c)[:, block.order]
         inputs = u
         if block.start is not None:
-            inputs = jnp.concatenate([block._start(b, u.dtype), u[:, :-1]], axis=1)
+            inputs = jnp.concatenate([block.start_slot(b, u.dtype), u[:, :-1]], axis=1)
         put = functools.partial(lambda k, name, value: results.update({f"b{k}/{name}": value}), k)
         put("proj_in", block.proj_in(inputs))
         hidden = block.embed(inputs, 0, given, case.dtype)
-        text = block._text(given, case.dtype)
+        text = block.embed_text(given, case.dtype)
         length = 0
         if text is not None:
             put("proj_txt", text)

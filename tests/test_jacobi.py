@@ -99,8 +99,7 @@ def test_the_shallow_flow_of_the_pretzel(x64):
     cfg = tiny.config("float64", side=3)
     model = tiny.pretzel(cfg)
     u = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 9, cfg.flow.channels)))
-    solve = jacobi.to_x(jacobi.JacobiConfig(chunk=4, threshold=0.0, max_passes=5))
-    x, passes = solve(model, u)
+    x, passes = jacobi.to_x(model, u, jacobi.JacobiConfig(chunk=4, threshold=0.0, max_passes=5))
     tiny.close(x, display.to_x(model, u), 1e-10)
     # 9 tokens: the last chunk is one token, and two passes would do.
     assert [p.tolist() for p in passes] == [[5, 5, 5]] * 2

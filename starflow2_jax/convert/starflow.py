@@ -120,13 +120,11 @@ def starflow_config(arguments: Mapping[str, Any], dtype: str = "float32") -> Sta
     depths = (depths,) * a["num_blocks"] if isinstance(depths, int) else tuple(depths)
     if len(depths) != a["num_blocks"]:
         raise UserError(f"layers_per_block lists {len(depths)} blocks of {a['num_blocks']}")
-    width = a["channels"]
-    width, deep_width = (width, width) if isinstance(width, int) else tuple(width)
     return StarFlowConfig(
         channels=a["in_channels"],
         side=a["pt_seq_len"] or a["img_size"] // a["patch_size"],
-        width=width,
-        deep_width=deep_width,
+        width=a["channels"],
+        deep_width=a["channels"],
         depths=depths,
         head_dim=a["head_dim"],
         patch=a["patch_size"],

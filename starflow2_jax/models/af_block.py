@@ -212,14 +212,15 @@ class AFBlock(nnx.Module):
         """Slot n predicts token n + lag."""
         return 0 if self.config.start else 1
 
-    def _start(self, rows: int, dtype: jnp.dtype) -> jax.Array:
+    def start_slot(self, rows: int, dtype: jnp.dtype) -> jax.Array:
+        """The start vector as the first slot of each row, [B, 1, C]."""
         return jnp.broadcast_to(self.start[...].astype(dtype), (rows, 1, self.start.shape[-1]))
 
     def _check(self, tokens: int) -> None:
         if self.positions is not None and tokens != len(self.positions):
             raise ValueError(f"{tokens} tokens, but learned positions for {len(self.positions)}")
 
-    def _text(self, given: Given, dtype: jnp.dtype) -> jax.Array | None:
+    def embed_text(self, given: Given, dtype: jnp.dtype) -> jax.Array | None:
         """The projected text [R, L, D], or None."""
         if self.proj_text is None:
             return None
@@ -280,9 +281,9 @@ class AFBlock(nnx.Module):
         self._check(tokens)
         inputs = u
         if self.start is not None:
-            inputs = jnp.concatenate([self._start(len(u), u.dtype), u[:, :-1]], axis=1)
+            inputs = jnp.concatenate([self.start_slot(len(u), u.dtype), u[:, :-1]], axis=1)
         hidden = self.embed(_doubled(inputs, guidance), 0, given, dtype)
-        text = self._text(given, dtype)
+        text = self.embed_text(given, dtype)
         if text is not None:
             hidden = jnp.concatenate([text, hidden], axis=1)
         spec = AttentionSpec(temperature=given.temperature)
@@ -305,7 +306,7 @@ class AFBlock(nnx.Module):
         """What a sampler needs to solve for u; the text has been read. Arguments of `forward`."""
         rows, tokens, _ = z.shape
         self._check(tokens)
-        text = self._text(given, dtype)
+        text = self.embed_text(given, dtype)
         length = 0 if text is None else text.shape[1]
         transformer_rows = rows if guidance is None else 2 * rows
         slots = length + tokens - self.lag
@@ -367,7 +368,7 @@ class Inversion:
         """Input of slot 0, [B, 1, C]: the start vector, or token 0."""
         if self.block.lag:
             return self.z[:, :1]
-        return self.block._start(len(self.z), self.z.dtype)
+        return self.block.start_slot(len(self.z), self.z.dtype)
 
     @property
     def noise(self) -> jax.Array:

@@ -69,6 +69,11 @@ class StarFlowConfig:
     remat: Literal["none", "dots", "full"] = "none"
     dtype: str = "float32"
 
+    def __post_init__(self) -> None:
+        if not self.depths:
+            raise ValueError("a flow needs at least one block")
+        self.blocks()  # which checks each of them
+
     def blocks(self) -> tuple[BlockConfig, ...]:
         """The K blocks from the data side."""
         last = len(self.depths) - 1
@@ -150,6 +155,14 @@ class TarFlowConfig:
     mlp_ratio: int = 4
     remat: Literal["none", "dots", "full"] = "none"
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.size % self.patch or self.count < 1:
+            raise ValueError(
+                f"{self.count} blocks over patches of {self.patch} of {self.size} pixels; expected "
+                "at least one block, and patches that divide the pixels"
+            )
+        self.blocks()  # which checks each of them
 
     @property
     def side(self) -> int:

@@ -6,7 +6,7 @@ Letters: B rows, N tokens, n unknown tokens (N, or N - 1 without a start vector)
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -131,14 +131,19 @@ def inverter(config: JacobiConfig) -> Inverter:
     return invert
 
 
-def to_x(config: JacobiConfig) -> Callable[[Pretzel, jax.Array], tuple[jax.Array, list[jax.Array]]]:
-    """`display.to_x` by Jacobi iteration, jitted: also the passes, of the last block first."""
+@functools.partial(jax.jit, static_argnames="config")
+def to_x(model: Pretzel, u: jax.Array, config: JacobiConfig) -> tuple[jax.Array, list[jax.Array]]:
+    """`display.to_x` by Jacobi iteration.
 
-    @jax.jit
-    def solve(model: Pretzel, u: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        flat = u.reshape(-1, *u.shape[-2:])
-        dtype = jnp.dtype(model.config.dtype)
-        x, passes = model.shallow.inverse_by(inverter(config), flat, dtype)
-        return x.reshape(u.shape), passes
+    Args:
+        model: whose shallow flow is inverted.
+        u: [..., N, C], at least float32.
+        config: when a chunk is done.
 
-    return solve
+    Returns:
+        x [..., N, C], and the passes of each chunk of the shallow blocks, the last block first.
+    """
+    flat = u.reshape(-1, *u.shape[-2:])
+    dtype = jnp.dtype(model.config.dtype)
+    x, passes = model.shallow.inverse_by(inverter(config), flat, dtype)
+    return x.reshape(u.shape), passes
