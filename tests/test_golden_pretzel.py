@@ -1,14 +1,13 @@
 """The golden numbers of the two streams: an independent float64 computation of the same model."""
 
 import json
-import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from golden_files import files
 
 from starflow2_jax.convert import starflow2
 from starflow2_jax.models.flow import FlowConfig
@@ -25,23 +24,9 @@ from starflow2_jax.sampling.prompts import Image, Text, extended, padded, scored
 from starflow2_jax.sampling.state import Mode, row_settings
 from starflow2_jax.training import objective
 
-FOLDER = pathlib.Path(os.environ.get("STARFLOW_GOLDEN", pathlib.Path(__file__).parent / "golden"))
 TOLERANCE = 1e-9
 
 pytestmark = [pytest.mark.golden, pytest.mark.usefixtures("x64")]
-
-
-def recognise(path):
-    """Which computation a file holds, by its config's keys."""
-    with np.load(path) as data:
-        config = json.loads(str(data["config_json"])) if "config_json" in data else {}
-        if {"vlm", "flow"} <= set(config):
-            return "joint" if "in/kinds" in data else "sample"
-    raise ValueError(f"{path}: not a golden file that this test knows")
-
-
-def files(kind):
-    return sorted(p for p in FOLDER.glob("*.npz") if recognise(p) == kind)
 
 
 def config_of(data):

@@ -1,22 +1,40 @@
-"""The autoregressive normalizing flow: Gaussian head, AF blocks, the shallow flow, the deep block.
+"""The flow of the Pretzel: the shallow flow, image by image, and the deep block over a whole row.
 
-z_n = (u_n - mu(u_<n)) / sigma(u_<n) token by token; the log-determinant is -sum log sigma.
-Specification: TarFlow (arXiv 2412.06329), STARFlow (arXiv 2506.06276).
+Specification: STARFlow (arXiv 2506.06276), STARFlow2 (arXiv 2605.08029).
 Letters: B rows, N tokens per image, C latent channels, D width (of the flow), S shallow blocks.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from starflow2_jax.models.af_block import (
+    SOFTPLUS_OF_ONE,
+    AFBlock,
+    BlockConfig,
+    GaussianHead,
+    Given,
+    Inverter,
+    Scale,
+    sequential,
+)
+from starflow2_jax.models.guidance import guide
 from starflow2_jax.nn import decoder, layers, rope
-from starflow2_jax.nn.attention import AttentionSpec
 
-# softplus(0 + this) = 1: a zero head is the identity.
-SOFTPLUS_OF_ONE = 0.541324854612918
+__all__ = [
+    "SOFTPLUS_OF_ONE",
+    "AFBlock",
+    "DeepBlock",
+    "FlowConfig",
+    "GaussianHead",
+    "ShallowFlow",
+    "guide",
+    "standard_normal_log_prob",
+]
+
 LOG_TWO_PI = 1.8378770664093453
 
 
@@ -57,123 +75,30 @@ class FlowConfig:
         """N."""
         return self.side * self.side
 
-    def decoder(self, depth: int) -> decoder.DecoderConfig:
-        """The family's stack: LayerNorm, full attention, exact GELU, biases, final RMSNorm."""
-        heads = self.width // self.head_dim
-        return decoder.DecoderConfig(
-            layers=depth,
+    @property
+    def scale(self) -> Scale:
+        """The scale map of every block."""
+        return "softplus"
+
+    def block(self, depth: int, order: Literal["keep", "flip"] = "keep") -> BlockConfig:
+        """The AF block of this flow with `depth` layers: start vector, softplus, final norm."""
+        return BlockConfig(
+            channels=self.channels,
             width=self.width,
-            heads=heads,
-            kv_heads=heads,
             head_dim=self.head_dim,
-            mlp_width=self.mlp_ratio * self.width,
-            norm="layer",
-            mlp="gelu",
-            qkv_bias=True,
-            out_bias=True,
-            mlp_bias=True,
-            norm_epsilon=self.layer_norm_epsilon,
-            final_norm="rms_unit_offset",
-            final_norm_epsilon=self.rms_norm_epsilon,
+            layers=depth,
+            flip=order == "flip",
+            scale=self.scale,
+            soft_clip=self.soft_clip,
+            mlp_ratio=self.mlp_ratio,
+            layer_norm_epsilon=self.layer_norm_epsilon,
+            rms_norm_epsilon=self.rms_norm_epsilon,
             remat=self.remat,
         )
 
-
-class GaussianHead(nnx.Module):
-    """Hidden states to (mu, sigma) of the next token."""
-
-    def __init__(self, config: FlowConfig, *, rngs: nnx.Rngs) -> None:
-        self.soft_clip = config.soft_clip
-        self.proj = layers.Linear(
-            config.width,
-            2 * config.channels,
-            rngs=rngs,
-            logical=("embed", None),
-            kernel_init=layers.zeros,
-            bias_init=layers.zeros,
-        )
-
-    def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[..., D] -> mu, sigma [..., C], at least float32."""
-        out = self.proj(hidden.astype(layers.at_least_float32(hidden.dtype)))
-        out = self.soft_clip * jnp.tanh(out / self.soft_clip)
-        scale, mu = jnp.split(out, 2, axis=-1)
-        return mu, jax.nn.softplus(scale + SOFTPLUS_OF_ONE)
-
-
-def guide(
-    mu_c: jax.Array, sigma_c: jax.Array, mu_u: jax.Array, sigma_u: jax.Array, weight: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Classifier-free guidance of two Gaussians: (1 + w) log p_c - w log p_u, elementwise.
-
-    Args:
-        mu_c, sigma_c, mu_u, sigma_u: [..., C], conditional and unconditional.
-        weight: w >= 0, broadcastable.
-
-    Returns:
-        Guided mu, sigma; with w = 0 exactly the conditional ones.
-    """
-    s = jnp.square(jnp.minimum(sigma_c / sigma_u, 1.0))
-    q = 1.0 + weight - weight * s
-    return ((1.0 + weight) * mu_c - weight * s * mu_u) / q, sigma_c / jnp.sqrt(q)
-
-
-class AFBlock(nnx.Module):
-    """One autoregressive affine block over the tokens of one image, with a start vector."""
-
-    def __init__(self, config: FlowConfig, depth: int, *, rngs: nnx.Rngs) -> None:
-        self.decoder_config = config.decoder(depth)
-        self.start = layers.parameter(
-            rngs,
-            lambda key, shape, dtype: jax.random.normal(key, shape, dtype),
-            (config.channels,),
-            (None,),
-        )
-        self.proj_in = layers.Linear(
-            config.channels, config.width, rngs=rngs, logical=(None, "embed")
-        )
-        self.decoder = decoder.Decoder(self.decoder_config, rngs=rngs)
-        self.head = GaussianHead(config, rngs=rngs)
-
-    def _start(self, rows: int, dtype: jnp.dtype) -> jax.Array:
-        return jnp.broadcast_to(self.start[...].astype(dtype), (rows, 1, self.start.shape[-1]))
-
-    def forward(
-        self, u: jax.Array, angles: jax.Array, dtype: jnp.dtype
-    ) -> tuple[jax.Array, jax.Array]:
-        """Data to noise, in parallel.
-
-        Args:
-            u: [B, N, C] in the block's own order, at least float32.
-            angles: [1, N, d/2], those of the slots.
-            dtype: compute dtype of the transformer.
-
-        Returns:
-            z [B, N, C] and log-det per element, -log sigma [B, N, C], nats.
-        """
-        slots = jnp.concatenate([self._start(len(u), u.dtype), u[:, :-1]], axis=1)
-        hidden, _ = self.decoder(self.proj_in(slots.astype(dtype)), angles, AttentionSpec())
-        mu, sigma = self.head(hidden)
-        return (u - mu) / sigma, -jnp.log(sigma)
-
-    def inverse(self, z: jax.Array, angles: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """Noise to data, token after token with a cache; shapes as in `forward`."""
-        rows, tokens, _ = z.shape
-        cache = decoder.empty_cache(self.decoder_config, rows, tokens, dtype)
-
-        def step(carry: tuple, inputs: tuple) -> tuple:
-            slot, cache = carry
-            noise, angle = inputs
-            hidden, cache = self.decoder(
-                self.proj_in(slot.astype(dtype)), angle[None, None], AttentionSpec(), cache
-            )
-            mu, sigma = self.head(hidden[:, 0])
-            u = mu + sigma * noise
-            return (u[:, None], cache), u
-
-        start = (self._start(rows, z.dtype), cache)
-        _, u = jax.lax.scan(step, start, (jnp.moveaxis(z, 1, 0), angles[0]))
-        return jnp.moveaxis(u, 0, 1)
+    def decoder(self, depth: int) -> decoder.DecoderConfig:
+        """The transformer of a block with `depth` layers."""
+        return self.block(depth).decoder()
 
 
 class ShallowFlow(nnx.Module):
@@ -182,7 +107,10 @@ class ShallowFlow(nnx.Module):
     def __init__(self, config: FlowConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.blocks = nnx.List(
-            [AFBlock(config, depth, rngs=rngs) for depth in config.shallow_layers]
+            [
+                AFBlock(config.block(depth, order), rngs=rngs)
+                for depth, order in zip(config.shallow_layers, config.shallow_orders, strict=True)
+            ]
         )
 
     def _angles(self, dtype: jnp.dtype) -> jax.Array:
@@ -205,23 +133,28 @@ class ShallowFlow(nnx.Module):
         """
         angles = self._angles(x.dtype)
         outputs, log_dets = [], []
-        for block, order in zip(self.blocks, self.config.shallow_orders, strict=True):
-            flip = slice(None, None, -1 if order == "flip" else 1)
-            z, log_det = block.forward(x[:, flip], angles, dtype)
-            x = z[:, flip]
+        for block in self.blocks:
+            z, log_det = block.forward(x[:, block.order], angles, dtype)
+            x = z[:, block.order]
             outputs.append(x)
-            log_dets.append(log_det[:, flip])
+            log_dets.append(log_det[:, block.order])
         return outputs, log_dets
 
     def inverse(self, u: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """u [B, N, C] back to x [B, N, C]."""
+        return self.inverse_by(sequential, u, dtype)[0]
+
+    def inverse_by(
+        self, invert: Inverter, u: jax.Array, dtype: jnp.dtype
+    ) -> tuple[jax.Array, list[Any]]:
+        """u [B, N, C] back to x [B, N, C], and the notes of each block, the last block's first."""
         angles = self._angles(u.dtype)
-        for block, order in reversed(
-            list(zip(self.blocks, self.config.shallow_orders, strict=True))
-        ):
-            flip = slice(None, None, -1 if order == "flip" else 1)
-            u = block.inverse(u[:, flip], angles, dtype)[:, flip]
-        return u
+        notes = []
+        for block in reversed(list(self.blocks)):
+            x, note = invert(block, u[:, block.order], angles, dtype, Given(), None)
+            u = x[:, block.order]
+            notes.append(note)
+        return u, notes
 
 
 class DeepBlock(nnx.Module):

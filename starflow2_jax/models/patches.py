@@ -13,6 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def dequantised(images: jax.Array, uniform: jax.Array) -> jax.Array:
+    """8-bit values and U[0, 1) noise of their shape -> [-1, 1), uniform inside a grey level."""
+    return 2.0 * (images + uniform) / 256.0 - 1.0
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PatchCodec:
@@ -32,7 +37,7 @@ class PatchCodec:
 
     def encode(self, images: jax.Array, uniform: jax.Array) -> jax.Array:
         """uint8 [B, H, W, channels] and U[0, 1) noise of that shape -> x [B, N, C]."""
-        pixels = (2.0 * (images + uniform) / 256.0 - 1.0).reshape(images.shape[0], -1)
+        pixels = dequantised(images, uniform).reshape(images.shape[0], -1)
         tokens = pixels[:, self.order].reshape(images.shape[0], -1, len(self.divisors))
         return tokens @ self.basis / self.divisors
 

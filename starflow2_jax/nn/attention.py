@@ -23,11 +23,13 @@ class AttentionSpec:
             nothing but padding sees.
         lengths: int32 [B] or None; only the first `lengths` positions of a row exist. The others
             are seen by none and are not written to a cache; 0 makes a row wait.
+        temperature: [B] or scalar, or None for 1; divides the scores.
     """
 
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
     segments: jax.Array | None = None
     lengths: jax.Array | None = None
+    temperature: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +61,7 @@ def _visible(spec: AttentionSpec, rows: int, size: int) -> jax.Array:
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, past: Past | None = None
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(d)) v over the past, then over this call's own positions.
+    """softmax(q k^T / (sqrt(d) temperature)) v over the past, then over this call's own positions.
 
     Args:
         q: [B, T, K, G, d].
@@ -79,6 +81,9 @@ def attend(
     wide = at_least_float32(q.dtype)
     smallest = jnp.finfo(wide).min
     q = q * (1.0 / math.sqrt(d))
+    if spec.temperature is not None:
+        temperature = jnp.asarray(spec.temperature, wide).reshape(-1, 1, 1, 1, 1)
+        q = (q / temperature).astype(q.dtype)
 
     def scores(keys: jax.Array) -> jax.Array:
         return jnp.einsum("btkgd,bskd->bkgts", q, keys, preferred_element_type=wide)

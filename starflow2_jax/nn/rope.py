@@ -6,6 +6,7 @@ model whose own pairs are (2k, 2k + 1) has the rows of its q and k weights permu
 are loaded (`convert.layout`). Letters: A coordinate axes, B rows, T positions, d head width.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -67,6 +68,36 @@ def multimodal_counts(head_dim: int) -> tuple[int, int, int]:
 def raster_coordinates(rows: int, columns: int) -> jax.Array:
     """The (row, column) of each position of a raster: [2, rows * columns]."""
     return jnp.stack([jnp.repeat(jnp.arange(rows), columns), jnp.tile(jnp.arange(columns), rows)])
+
+
+def area_coordinates(
+    rows: int,
+    columns: int,
+    side: float,
+    dtype: jnp.dtype,
+    text_length: int = 0,
+    frames: int = 1,
+) -> jax.Array:
+    """(row, column, time) of text and pictures of any shape, as STARFlow places them.
+
+    A grid of any shape and size covers the area of a side x side square; text runs along time from
+    0 to `side`, whatever its length; time counts frames.
+
+    Args:
+        rows, columns: tokens along the edges of one frame.
+        side: of the square, in tokens: that of the training images.
+        dtype: of the result.
+        text_length: L, positions of text in front.
+        frames: pictures one after another; one is an image.
+
+    Returns:
+        [3, L + frames * rows * columns].
+    """
+    grid = raster_coordinates(rows, columns).astype(dtype) / math.sqrt(rows * columns) * side
+    time = jnp.repeat(jnp.arange(frames, dtype=dtype), rows * columns)
+    pictures = jnp.concatenate([jnp.tile(grid, (1, frames)), time[None]])
+    text = jnp.arange(text_length, dtype=dtype) / max(text_length, 1) * side
+    return jnp.concatenate([jnp.zeros((3, text_length), dtype).at[2].set(text), pictures], axis=1)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -450,6 +450,7 @@ def save_tree(
     tree: Any,
     metadata: Mapping[str, Any],
     overwrite: bool = False,
+    chunk_bytes: int | None = None,
 ) -> None:
     """Writes a tree of arrays (final weights, a frozen model) as one directory.
 
@@ -461,6 +462,8 @@ def save_tree(
         tree: pytree of arrays.
         metadata: JSON types.
         overwrite: replaces what is at `path`, once the new tree is complete.
+        chunk_bytes: of the pieces that arrays are stored in, and are read and written by; None:
+            arrays in one piece.
 
     Raises:
         UserError: `path` exists and is not to be replaced; the files cannot be written.
@@ -469,13 +472,15 @@ def save_tree(
     if path.exists() and not overwrite:
         raise UserError(f"{path} already exists; delete it first, or choose another place")
     fresh = path.with_name(f".{path.name}.new") if path.exists() else path
+    nested = _nest(_flatten(tree))
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunk_bytes), nested)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(_tree_checkpointer()) as checkpointer:
             checkpointer.save(
                 fresh,
                 args=ocp.args.Composite(
-                    tree=ocp.args.PyTreeSave(_nest(_flatten(tree))),
+                    tree=ocp.args.PyTreeSave(nested, save_args),
                     metadata=ocp.args.JsonSave(_with_version(metadata)),
                 ),
                 force=overwrite,
@@ -492,13 +497,30 @@ def save_tree(
         raise UserError(f"cannot write {path}: {error}") from error
 
 
-def load_tree(path: str | os.PathLike[str], abstract: Any = None) -> tuple[Any, dict[str, Any]]:
+def stored_tree(path: str | os.PathLike[str]) -> Flat:
+    """Path of keys -> leaf with `shape` and `dtype` of what `save_tree` wrote; reads no array.
+
+    Raises:
+        UserError: nothing there, damaged files.
+    """
+    path = pathlib.Path(path).expanduser().absolute()
+    if not path.is_dir():
+        raise UserError(f"there is no directory {path}")
+    with contextlib.closing(_tree_checkpointer()) as checkpointer:
+        with _reading(path, "weights", "write or convert them again"):
+            return _stored(checkpointer.metadata(path).item_metadata.tree)
+
+
+def load_tree(
+    path: str | os.PathLike[str], abstract: Any = None, partial: bool = False
+) -> tuple[Any, dict[str, Any]]:
     """Reads what `save_tree` wrote.
 
     Args:
         path: of the directory.
         abstract: pytree like the saved one, of arrays or `jax.ShapeDtypeStruct` with shardings; a
             dtype that differs is cast. Without it: a nested dict of numpy arrays.
+        partial: the abstract tree may lack leaves that are stored.
 
     Returns:
         The tree, and the metadata.
@@ -521,6 +543,8 @@ def load_tree(path: str | os.PathLike[str], abstract: Any = None) -> tuple[Any, 
             wanted = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in stored.items()}
         else:
             wanted = _flatten(abstract)
+            if partial:
+                stored = {path: leaf for path, leaf in stored.items() if path in wanted}
             _check(where, stored, wanted, same_dtype=False)
         with _reading(path, "weights", "write or convert them again"):
             restored = checkpointer.restore(

@@ -1,0 +1,123 @@
+"""Convert weights of other releases to model directories, and back.
+
+starflow, tarflow: a checkpoint of the released image models (.pth, which needs torch, or
+.safetensors) to a model directory; a model directory back to .safetensors.
+"""
+
+import argparse
+import json
+import pathlib
+from typing import TYPE_CHECKING
+
+from starflow2_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from starflow2_jax.models.starflow import StarFlowConfig, TarFlowConfig
+
+SUMMARY = "convert weights to a model directory, and back"
+
+_EPILOG = """\
+examples:
+  starflow2 convert {family} CHECKPOINT.pth --out DIR --size {size}
+  starflow2 convert {family} CHECKPOINT.safetensors --out DIR --config-json arguments.json
+  starflow2 convert {family} DIR --out FILE.safetensors
+
+sizes: {sizes}
+
+--config-json holds the arguments of the released model's constructor: {arguments}
+
+exit codes: 0 done; 2 bad input, with nothing written
+"""
+
+# Constructor arguments, for the help text; the conversion checks them.
+_COMMON = "in_channels, img_size, patch_size, channels, num_blocks, layers_per_block, head_dim"
+_STARFLOW = (
+    f"{_COMMON} (img_size of the latents), pt_seq_len, sos, txt_size, txt_dim, cond_top_only, "
+    "use_softplus, use_final_norm, soft_clip, seq_order"
+)
+_TARFLOW = f"{_COMMON}, nvp, num_classes"
+
+STARFLOW_SIZES = (
+    "starflow_3b_t2i_256",
+    "starflow_xl_imagenet256",
+    "starflow_xlv2_imagenet256",
+    "starflow_xxl_imagenet256",
+    "starflow_xxlv2_imagenet256",
+)
+TARFLOW_SIZES = (
+    "tarflow_imagenet64",
+    "tarflow_imagenet64_classes",
+    "tarflow_imagenet128_classes",
+    "tarflow_afhq256",
+    "tarflow_mnist",
+)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds one sub-command for each kind of source."""
+    kinds = parser.add_subparsers(metavar="KIND", required=True)
+    for family, sizes, arguments in (
+        ("starflow", STARFLOW_SIZES, _STARFLOW),
+        ("tarflow", TARFLOW_SIZES, _TARFLOW),
+    ):
+        kind = kinds.add_parser(
+            family,
+            help=f"a released {family} checkpoint",
+            epilog=_EPILOG.format(
+                family=family, size=sizes[0], sizes=", ".join(sizes), arguments=arguments
+            ),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        kind.add_argument("checkpoint", metavar="CHECKPOINT", help="file, or model directory")
+        kind.add_argument(
+            "--out", metavar="PATH", required=True, help="model directory, or .safetensors file"
+        )
+        shape = kind.add_mutually_exclusive_group()
+        shape.add_argument("--size", choices=sizes, metavar="NAME", help="a published model")
+        shape.add_argument("--config-json", metavar="FILE", help="the model's arguments")
+        kind.set_defaults(family=family)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Converts; prints what was passed over.
+
+    Raises:
+        UserError: see `convert.release`.
+    """
+    from starflow2_jax.convert import release
+
+    checkpoint, out = pathlib.Path(args.checkpoint), pathlib.Path(args.out)
+    if checkpoint.is_dir():
+        if out.suffix != ".safetensors":
+            raise UserError(f"{checkpoint} is a directory; --out {out} must end in .safetensors")
+        release.export_checkpoint(checkpoint, out)
+        print(f"wrote {out}")
+        return
+    ignored = release.import_checkpoint(_config(args), checkpoint, out)
+    if ignored:
+        print(f"passed over, not used by the model: {', '.join(ignored)}")
+    print(f"wrote {out}")
+    print("The released weights are licensed for research purposes only.")
+
+
+def _config(args: argparse.Namespace) -> "StarFlowConfig | TarFlowConfig":
+    from starflow2_jax.convert import starflow as convert
+    from starflow2_jax.models import starflow as models
+
+    if args.size is not None:
+        return getattr(models, args.size)()
+    if args.config_json is None:
+        raise UserError("say what model the checkpoint is: --size NAME or --config-json FILE")
+    path = pathlib.Path(args.config_json)
+    try:
+        arguments = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(arguments, dict):
+        raise UserError(f"{path} holds no JSON object")
+    make = convert.starflow_config if args.family == "starflow" else convert.tarflow_config
+    try:
+        return make(arguments)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: {error}") from error

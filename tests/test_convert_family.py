@@ -1,0 +1,260 @@
+"""Released checkpoints in and out: bit for bit, or one clear error and nothing on disk."""
+
+import json
+import pathlib
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+import torch
+from flax import nnx
+from golden_files import recognise
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from starflow2_jax import flow_bundle
+from starflow2_jax.cli.main import main
+from starflow2_jax.convert import release, table
+from starflow2_jax.convert import starflow as convert
+from starflow2_jax.errors import UserError
+from starflow2_jax.models import starflow
+
+
+def golden(name):
+    """Kind, tensors with buffers, and arguments of one of this repository's golden files."""
+    path = pathlib.Path(__file__).parent / "golden" / f"{name}.npz"
+    data = np.load(path)
+    tensors = {k[2:]: data[k] for k in data.files if k.startswith("w/")}
+    return recognise(path), tensors, json.loads(str(data["config_json"]))
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Tiny STARFlow: kind, tensors with buffers, config, path of the arguments."""
+    kind, tensors, arguments = golden("starflow_t2i")
+    path = tmp_path / "arguments.json"
+    path.write_text(json.dumps(arguments))
+    return tensors, convert.starflow_config(arguments), path
+
+
+def save_torch(path, tensors):
+    torch.save({name: torch.from_numpy(a.copy()) for name, a in tensors.items()}, path)
+
+
+def read_back(path):
+    with safe_open(path, framework="np") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def without_buffers(tensors):
+    return {
+        name: a
+        for name, a in tensors.items()
+        if name != "var" and not name.endswith("attn_mask") and not name.startswith("feat_rope")
+    }
+
+
+@pytest.mark.parametrize("name", ["starflow_t2i", "tarflow_cond"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_there_and_back_is_bit_exact(tmp_path, capsys, name, suffix):
+    kind, tensors, arguments = golden(name)
+    checkpoint, model, back = (tmp_path / n for n in (f"in{suffix}", "model", "out.safetensors"))
+    (save_torch if suffix == ".pth" else lambda p, t: save_file(t, p))(checkpoint, tensors)
+    (tmp_path / "a.json").write_text(json.dumps(arguments))
+    options = ["--config-json", str(tmp_path / "a.json")]
+    assert main(["convert", kind, str(checkpoint), "--out", str(model), *options]) == 0
+    said = capsys.readouterr().out
+    assert "research purposes only" in said
+    assert "blocks.0.attn_mask" in said and "var" in said
+    assert main(["convert", kind, str(model), "--out", str(back)]) == 0
+    kept, returned = without_buffers(tensors), read_back(back)
+    assert set(kept) == set(returned)
+    for key, a in kept.items():
+        assert a.dtype == returned[key].dtype
+        np.testing.assert_array_equal(a, returned[key], key)
+    loaded = flow_bundle.load_image_flow(model)
+    expected = convert.from_tensors(loaded.config, tensors)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded), nnx.state(expected))
+    assert sorted(p.name for p in model.iterdir()) == ["model.json", "weights"]
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_narrow_types_stay_and_load_wide(tmp_path, source):
+    tensors, config, _ = source
+    narrow = {n: a.astype(ml_dtypes.bfloat16) for n, a in without_buffers(tensors).items()}
+    torch.save(
+        {n: torch.from_numpy(a.astype(np.float32)).bfloat16() for n, a in narrow.items()},
+        tmp_path / "in.pth",
+    )
+    assert release.import_checkpoint(config, tmp_path / "in.pth", tmp_path / "model") == []
+    release.export_checkpoint(tmp_path / "model", tmp_path / "out.safetensors")
+    returned = read_back(tmp_path / "out.safetensors")
+    for name, a in narrow.items():
+        assert returned[name].dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(a.view(np.int16), returned[name].view(np.int16))
+    state = nnx.state(flow_bundle.load_image_flow(tmp_path / "model"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {np.dtype(np.float32)}
+
+
+def test_a_saved_model_loads_and_exports(tmp_path, source):
+    tensors, config, _ = source
+    model = convert.from_tensors(config, tensors)
+    flow_bundle.save_image_flow(tmp_path / "model", model)
+    loaded = flow_bundle.load_image_flow(tmp_path / "model")
+    assert loaded.config == config
+    release.export_checkpoint(tmp_path / "model", tmp_path / "out.safetensors")
+    returned = read_back(tmp_path / "out.safetensors")
+    for name, a in without_buffers(tensors).items():
+        np.testing.assert_array_equal(a, returned[name])
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_all_that_does_not_fit_is_one_error(tmp_path, capsys, source, suffix):
+    tensors, _, arguments = source
+    tensors = dict(tensors)
+    tensors["blocks.0.proj_inn.weight"] = tensors.pop("blocks.0.proj_in.weight")
+    del tensors["blocks.1.sos_embed"]
+    tensors["blocks.2.proj_out.bias"] = tensors["blocks.2.proj_out.bias"][:-1]
+    tensors["blocks.3.proj_out.bias"] = np.arange(8)
+    checkpoint = tmp_path / f"in{suffix}"
+    (save_torch if suffix == ".pth" else lambda p, t: save_file(t, p))(checkpoint, tensors)
+    before = sorted(tmp_path.iterdir())
+    command = ["convert", "starflow", str(checkpoint), "--out", str(tmp_path / "model")]
+    assert main([*command, "--config-json", str(arguments)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    for part in (
+        "missing: blocks.0.proj_in.weight",
+        "unknown: blocks.0.proj_inn.weight",
+        "missing: blocks.1.sos_embed",
+        "wrong shape: blocks.2.proj_out.bias is (7,), expected (8,)",
+        "not of floats: blocks.3.proj_out.bias",
+        str(checkpoint),
+    ):
+        assert part in said, part
+    assert "attn_mask" not in said
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
+def test_a_truncated_file_is_named(tmp_path, capsys, source, suffix, kept):
+    tensors, _, arguments = source
+    checkpoint = tmp_path / f"in{suffix}"
+    (save_torch if suffix == ".pth" else lambda p, t: save_file(t, p))(checkpoint, tensors)
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[: int(kept * len(whole))])
+    before = sorted(tmp_path.iterdir())
+    command = ["convert", "starflow", str(checkpoint), "--out", str(tmp_path / "model")]
+    assert main([*command, "--config-json", str(arguments)]) == 2
+    said = capsys.readouterr().err
+    assert f"{checkpoint} is truncated or damaged" in said and said.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+class NotATensor:
+    pass
+
+
+def test_other_bad_input(tmp_path, source):
+    tensors, config, arguments = source
+    path, out = tmp_path / "in.pth", tmp_path / "model"
+    with pytest.raises(UserError, match="no file"):
+        release.import_checkpoint(config, path, out)
+    torch.save({"a": NotATensor()}, path)
+    with pytest.raises(UserError, match="more than tensors"):
+        release.import_checkpoint(config, path, out)
+    torch.save({"a": {"b": torch.ones(1)}}, path)
+    with pytest.raises(UserError, match="no flat state dict"):
+        release.import_checkpoint(config, path, out)
+    out.mkdir()
+    with pytest.raises(UserError, match="already exists"):
+        release.import_checkpoint(config, path, out)
+    with pytest.raises(UserError, match=r"no model\.json"):
+        release.export_checkpoint(out, tmp_path / "a.safetensors")
+    assert list(out.iterdir()) == []
+    given = json.loads(arguments.read_text())
+    with pytest.raises(UserError, match="did you mean txt_size"):
+        convert.starflow_config({**given, "txt_sise": 1})
+    with pytest.raises(UserError, match="needs the argument channels"):
+        convert.tarflow_config({"in_channels": 3, "img_size": 8, "patch_size": 2})
+
+
+def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch, source):
+    tensors, config, _ = source
+    save_torch(tmp_path / "in.pth", tensors)
+
+    def fails(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(release, "save_tree", fails)
+    with pytest.raises(UserError, match="disk full"):
+        release.import_checkpoint(config, tmp_path / "in.pth", tmp_path / "model")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["arguments.json", "in.pth"]
+
+
+def test_the_prior_variance_of_a_volume_preserving_flow_is_no_buffer(tmp_path):
+    config = starflow.TarFlowConfig(3, 8, 2, 32, 2, 1, scale="none", head_dim=16)
+    make = lambda: starflow.ImageFlow(config, rngs=nnx.Rngs(0))
+    model = tiny.randomised(make)
+    params = convert.by_path(nnx.state(model))
+    tensors = convert.to_tensors(config, params)
+    assert tensors["var"].shape == (16, 12)
+    assert tensors["blocks.1.proj_out.weight"].shape == (12, 32)
+    assert convert.unused(config, ["var", "blocks.0.attn_mask"]) == ["blocks.0.attn_mask"]
+    again = convert.from_tensors(config, tensors)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(again))
+
+
+def count(config):
+    make = lambda: starflow.ImageFlow(config, rngs=nnx.Rngs(0))
+    return sum(int(np.prod(s)) for s in table.shapes_of(make).values())
+
+
+def test_published_parameter_counts():
+    config = starflow.starflow_3b_t2i_256()
+    assert count(config) == 3_858_281_544
+    blocks = [0] * 6
+    make = lambda: starflow.ImageFlow(config, rngs=nnx.Rngs(0))
+    shapes = table.shapes_of(make)
+    for path, shape in shapes.items():
+        blocks[int(path.split(".")[1])] += int(np.prod(shape))
+    assert blocks == [226_615_308] * 5 + [2_725_205_004]
+    # 455 entries, less the buffers: var, two of feat_rope, a mask for each block.
+    assert len(table.source_shapes(convert.table(config), shapes)) == 455 - 3 - 6
+    assert round(count(starflow.starflow_xlv2_imagenet256()) / 1e9, 1) == 1.4
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        starflow.tarflow_imagenet64,
+        starflow.tarflow_imagenet64_classes,
+        starflow.tarflow_imagenet128_classes,
+        starflow.tarflow_afhq256,
+        starflow.tarflow_mnist,
+    ],
+)
+def test_tarflow_sizes(make):
+    c = make()
+    d, t, k = c.width, c.side**2, c.channels * c.patch**2
+    layer = 12 * d * d + 13 * d  # qkv, proj, two of the MLP, with biases; two norms
+    block = c.depth * layer + (k + 1) * d + (d + 1) * 2 * k + (t + c.classes) * d
+    assert count(c) == c.count * block
+
+
+@pytest.mark.parametrize(
+    ("make", "width", "depth"),
+    [
+        (starflow.starflow_xl_imagenet256, 2048, 28),
+        (starflow.starflow_xlv2_imagenet256, 2048, 28),
+        (starflow.starflow_xxl_imagenet256, 3072, 34),
+        (starflow.starflow_xxlv2_imagenet256, 3072, 34),
+    ],
+)
+def test_starflow_sizes(make, width, depth):
+    layer = 12 * width * width + 13 * width
+    block = 4 + 5 * width + (width + 1) * 8 + width
+    assert count(make()) == depth * layer + 6 * block + 1002 * width
