@@ -55,7 +55,9 @@ TARFLOW_SIZES = (
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds one sub-command for each kind of source."""
-    kinds = parser.add_subparsers(metavar="KIND", required=True)
+    kinds = parser.add_subparsers(
+        metavar="KIND", required=True, help="whose checkpoint it is; each has a --help of its own"
+    )
     for family, sizes, arguments in (
         ("starflow", STARFLOW_SIZES, _STARFLOW),
         ("tarflow", TARFLOW_SIZES, _TARFLOW),
