@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
@@ -7,6 +8,14 @@ import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_programs():
+    """Each compiled program holds memory maps, of which a process may have only so many."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

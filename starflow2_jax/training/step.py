@@ -151,7 +151,7 @@ def train_step(
     )
     trainable = optax.apply_updates(state["trainable"], updates)
     ema = optax.incremental_update(trainable, state["ema"], 1.0 - config.ema)
-    metrics |= {"grad_norm": optax.global_norm(gradients), "noise_std": noise_std}
+    metrics |= {"grad_norm": optax.tree.norm(gradients), "noise_std": noise_std}
     return {
         "step": state["step"] + 1,
         "trainable": trainable,
