@@ -20,6 +20,8 @@ from starflow2_jax.convert import release, table
 from starflow2_jax.convert import starflow as convert
 from starflow2_jax.errors import UserError
 from starflow2_jax.models import starflow
+from starflow2_jax.training.checkpoint import load_tree, save_tree
+from starflow2_jax.training.piecewise import open_array
 
 
 def golden(name):
@@ -56,6 +58,14 @@ def without_buffers(tensors):
     }
 
 
+@pytest.fixture(params=[None, 1000])
+def pieces(request, monkeypatch):
+    """Arrays stored in one piece, as tiny ones are, and in many."""
+    if request.param:
+        monkeypatch.setattr(release, "_CHUNK_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize("name", ["starflow_t2i", "tarflow_cond"])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_there_and_back_is_bit_exact(tmp_path, capsys, name, suffix):
@@ -180,6 +190,35 @@ def test_other_bad_input(tmp_path, source):
         convert.starflow_config({**given, "txt_sise": 1})
     with pytest.raises(UserError, match="needs the argument channels"):
         convert.tarflow_config({"in_channels": 3, "img_size": 8, "patch_size": 2})
+
+
+def test_large_stacks_are_stored_layer_by_layer(tmp_path):
+    rng = np.random.default_rng(0)
+    tree = {
+        "stack": rng.normal(size=(3, 300, 700)),  # over 1 MiB a layer
+        "wide": rng.normal(size=(5000, 30)),
+        "small": rng.normal(size=(7,)).astype(ml_dtypes.bfloat16),
+        "scalar": np.float32(3.0) * np.ones(()),
+    }
+    save_tree(tmp_path / "tree", tree, {}, chunk_bytes=200_000)
+    store = open_array(tmp_path / "tree", ("stack",))
+    assert store.chunk_layout.read_chunk.shape[0] == 1
+    np.testing.assert_array_equal(store[1].read().result(), tree["stack"][1])
+    loaded, _ = load_tree(tmp_path / "tree")
+    jax.tree.map(np.testing.assert_array_equal, loaded, tree)
+    assert loaded["small"].dtype == ml_dtypes.bfloat16
+
+
+def test_damaged_weights_are_named(tmp_path, source):
+    tensors, config, _ = source
+    save_torch(tmp_path / "in.pth", tensors)
+    release.import_checkpoint(config, tmp_path / "in.pth", tmp_path / "model")
+    weights = tmp_path / "model" / "weights"
+    largest = max((p for p in weights.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    with pytest.raises(UserError, match=str(weights)):
+        release.export_checkpoint(tmp_path / "model", tmp_path / "out.safetensors")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["arguments.json", "in.pth", "model"]
 
 
 def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch, source):

@@ -1,7 +1,7 @@
 """Released STARFlow and TarFlow checkpoints into model directories, and back, tensor by tensor.
 
-At most a few tensors of one layer are in memory: stacked parameters are put together in mapped
-files on disk, and written from there.
+A few tensors of one layer are in memory: stacked parameters are put together in mapped files on
+disk, and written from there; on the way back they are read layer by layer.
 """
 
 import pathlib
@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -19,18 +18,12 @@ from starflow2_jax.convert.table import Entry
 from starflow2_jax.convert.tensor_files import TensorFile, open_tensors, write_safetensors
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.starflow import ImageFlow, ImageFlowConfig
-from starflow2_jax.training.checkpoint import load_tree, save_tree, stored_tree
+from starflow2_jax.training.checkpoint import save_tree, stored_tree
+from starflow2_jax.training.piecewise import open_array
 
 # What the writer holds of an array at a time.
 _CHUNK_BYTES = 32 * 2**20
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
-
-
-class _OnDisk(np.memmap):
-    """An array in a mapped file. Orbax copies host arrays lest they change; this one does not."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_OnDisk":
-        return self
 
 
 def _shapes(config: ImageFlowConfig) -> dict[str, tuple[int, ...]]:
@@ -59,7 +52,7 @@ def _assembled(
     for layer, group in enumerate(entry.names):
         part = read(group)
         if value is None:
-            value = _OnDisk(file, part.dtype, mode="w+", shape=shape)
+            value = np.memmap(file, part.dtype, mode="w+", shape=shape)
         value[layer] = part
     value.flush()
     return value
@@ -141,9 +134,12 @@ def export_checkpoint(folder: pathlib.Path, file: pathlib.Path) -> None:
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for entry in entries:
-            leaf = stored[entry.path]
-            abstract = _tree({entry.path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)})
-            tree, _ = load_tree(weights, abstract, partial=True)
-            yield from table.to_tensors([entry], {entry.path: jax.tree.leaves(tree)[0]})
+            store = open_array(weights, entry.path.split("."))
+            for layer, group in enumerate(entry.names):
+                part = store[layer] if entry.stacked else store
+                yield from zip(group, entry.split(part.read().result()), strict=True)
 
-    write_safetensors(file, wanted, types, tensors())
+    try:
+        write_safetensors(file, wanted, types, tensors())
+    except ValueError as error:
+        raise UserError(f"{weights} cannot be read, convert it again ({error})") from error

@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from starflow2_jax.errors import UserError
+from starflow2_jax.training.piecewise import in_pieces, piecewise_checkpointer
 
 FORMAT_VERSION = 1
 """Of checkpoints and exports; raised when what they hold changes its meaning."""
@@ -462,8 +463,9 @@ def save_tree(
         tree: pytree of arrays.
         metadata: JSON types.
         overwrite: replaces what is at `path`, once the new tree is complete.
-        chunk_bytes: of the pieces that arrays are stored in, and are read and written by; None:
-            arrays in one piece.
+        chunk_bytes: of the pieces that arrays are stored in. The leaves are then numpy arrays, and
+            written one piece after another: they may lie in mapped files. None: arrays in one
+            piece, all at once.
 
     Raises:
         UserError: `path` exists and is not to be replaced; the files cannot be written.
@@ -473,10 +475,13 @@ def save_tree(
         raise UserError(f"{path} already exists; delete it first, or choose another place")
     fresh = path.with_name(f".{path.name}.new") if path.exists() else path
     nested = _nest(_flatten(tree))
-    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunk_bytes), nested)
+    save_args, make = None, _tree_checkpointer
+    if chunk_bytes is not None:
+        save_args = jax.tree.map(lambda leaf: in_pieces(leaf, chunk_bytes), nested)
+        make = piecewise_checkpointer
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(_tree_checkpointer()) as checkpointer:
+        with contextlib.closing(make()) as checkpointer:
             checkpointer.save(
                 fresh,
                 args=ocp.args.Composite(
@@ -511,16 +516,13 @@ def stored_tree(path: str | os.PathLike[str]) -> Flat:
             return _stored(checkpointer.metadata(path).item_metadata.tree)
 
 
-def load_tree(
-    path: str | os.PathLike[str], abstract: Any = None, partial: bool = False
-) -> tuple[Any, dict[str, Any]]:
+def load_tree(path: str | os.PathLike[str], abstract: Any = None) -> tuple[Any, dict[str, Any]]:
     """Reads what `save_tree` wrote.
 
     Args:
         path: of the directory.
         abstract: pytree like the saved one, of arrays or `jax.ShapeDtypeStruct` with shardings; a
             dtype that differs is cast. Without it: a nested dict of numpy arrays.
-        partial: the abstract tree may lack leaves that are stored.
 
     Returns:
         The tree, and the metadata.
@@ -543,8 +545,6 @@ def load_tree(
             wanted = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in stored.items()}
         else:
             wanted = _flatten(abstract)
-            if partial:
-                stored = {path: leaf for path, leaf in stored.items() if path in wanted}
             _check(where, stored, wanted, same_dtype=False)
         with _reading(path, "weights", "write or convert them again"):
             restored = checkpointer.restore(
