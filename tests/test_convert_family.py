@@ -198,7 +198,7 @@ def test_large_stacks_are_stored_layer_by_layer(tmp_path):
         "stack": rng.normal(size=(3, 300, 700)),  # over 1 MiB a layer
         "wide": rng.normal(size=(5000, 30)),
         "small": rng.normal(size=(7,)).astype(ml_dtypes.bfloat16),
-        "scalar": np.float32(3.0) * np.ones(()),
+        "scalar": np.array(3.0),
     }
     save_tree(tmp_path / "tree", tree, {}, chunk_bytes=200_000)
     store = open_array(tmp_path / "tree", ("stack",))
