@@ -281,6 +281,9 @@ def _train(
             )
         stop = this.stop()
         if last or stop or step % every == 0:
+            if pending is not None:  # a run that resumes from here does not write it again
+                this.metrics.write(stage.name, *pending)
+                pending = None
             metadata = metadata | {"seconds": before + time.monotonic() - began}
             checkpoints.save(step, state, batches, metadata)
         if stop and not last:
