@@ -10,7 +10,6 @@ Letters: I images of a conversation, N tokens per image, C latent channels, T po
 """
 
 import dataclasses
-import functools
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -239,8 +238,8 @@ class Model:
 
     def latents(self, images: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
         """Images uint8 [B, H, W, channels], dequantised by their seeds, -> u [B, N, C]."""
-        count = bucketed = generate.bucket(len(images), 4)
-        padded = np.resize(images, (bucketed, *images.shape[1:]))
+        count = generate.bucket(len(images), 4)
+        padded = np.resize(images, (count, *images.shape[1:]))
         numbers = np.resize(np.asarray(seeds, np.uint32), count)
         return np.asarray(_latents(self.pretzel, self.bundle.codec, padded, numbers))[: len(images)]
 
@@ -307,7 +306,7 @@ def _dequantised(codec: PatchCodec, images: jax.Array, seeds: jax.Array) -> jax.
     return codec.encode(images, jax.vmap(draw)(seeds))
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def _latents(model: Pretzel, codec: PatchCodec, images: jax.Array, seeds: jax.Array) -> jax.Array:
     x = _dequantised(codec, images, seeds)
     return model.shallow.forward(x, jnp.dtype(model.config.dtype))[0][-1]
