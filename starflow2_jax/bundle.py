@@ -53,22 +53,19 @@ def config_from_json(record: Mapping[str, Any]) -> PretzelConfig:
     )
 
 
-def _codec_arrays(codec: PatchCodec) -> dict[str, jax.Array]:
-    return {"order": codec.order, "basis": codec.basis, "divisors": codec.divisors}
-
-
 def save_bundle(folder: pathlib.Path, bundle: Bundle) -> None:
     """Writes the directory; `model.json` comes last: without it the directory is no model."""
     bundle.tokenizer.save(folder / "tokenizer")
     tree = {
         "model": nnx.to_pure_dict(nnx.state(bundle.model)),
-        "codec": _codec_arrays(bundle.codec),
+        "codec": {name: getattr(bundle.codec, name) for name in ("order", "basis", "divisors")},
     }
     save_tree(folder / "weights", tree, {}, overwrite=True)
     record = {
         "format_version": FORMAT_VERSION,
         "model": dataclasses.asdict(bundle.model.config),
         "image": dataclasses.asdict(bundle.image),
+        "bands": bundle.codec.bands,
         **bundle.metadata,
     }
     write_json(folder / MODEL_FILE, record)
@@ -90,23 +87,28 @@ def load_bundle(folder: pathlib.Path) -> Bundle:
         version = record["format_version"]
         config = config_from_json(record["model"])
         image = ImageShape(**record["image"])
+        bands = record["bands"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a model description ({error})") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, this package reads {FORMAT_VERSION}")
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Pretzel(config, rngs=nnx.Rngs(0))))
-    flow = config.flow
+    patches, values = config.flow.tokens, config.flow.channels
+    if bands:
+        patches, values = values, patches
     codec = {
-        "order": jax.ShapeDtypeStruct((flow.tokens * flow.channels,), jnp.int32),
-        "basis": jax.ShapeDtypeStruct((flow.channels, flow.channels), jnp.float32),
-        "divisors": jax.ShapeDtypeStruct((flow.channels,), jnp.float32),
+        "order": jax.ShapeDtypeStruct((patches * values,), jnp.int32),
+        "basis": jax.ShapeDtypeStruct((values, values), jnp.float32),
+        "divisors": jax.ShapeDtypeStruct((patches, values), jnp.float32),
     }
     wanted = {"model": nnx.to_pure_dict(abstract), "codec": codec}
     arrays, _ = load_tree(folder / "weights", jax.tree.map(_on_default_device, wanted))
     nnx.replace_by_pure_dict(abstract, arrays["model"])
     return Bundle(
         model=nnx.merge(graphdef, abstract),
-        codec=PatchCodec(**arrays["codec"], shape=(image.height, image.width, image.channels)),
+        codec=PatchCodec(
+            **arrays["codec"], shape=(image.height, image.width, image.channels), bands=bands
+        ),
         tokenizer=load_tokenizer(folder / "tokenizer"),
         image=image,
         metadata=record,

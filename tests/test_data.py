@@ -17,7 +17,7 @@ from starflow2_jax.data.sequences import (
 )
 from starflow2_jax.data.tokenizer import load_tokenizer
 from starflow2_jax.errors import UserError
-from starflow2_jax.models.patches import fit_patch_codec, patch_order
+from starflow2_jax.models.patches import fit_patch_codec
 from starflow2_jax.models.pretzel import Kind
 
 SHAPE = ImageShape(4, 4, 1, 2)
@@ -142,10 +142,10 @@ def test_packed_rows_hold_whole_documents(tokenizer):
         np.testing.assert_array_equal(value, after[name])
 
 
-@pytest.mark.parametrize("patch, frame, tokens", [(7, 0, 16), (5, 4, 16), (4, 0, 49)])
-def test_patch_codec_is_an_exact_change_of_variables(x64, patch, frame, tokens):
+@pytest.mark.parametrize("patch, bands, tokens", [(7, False, 16), (4, False, 49), (4, True, 16)])
+def test_patch_codec_is_an_exact_change_of_variables(x64, patch, bands, tokens):
     images = digits.load_splits()["tune"].images
-    fitted = fit_patch_codec(images, patch_order(28, 28, 1, patch, frame), tokens, 0)
+    fitted = fit_patch_codec(images, patch, bands=bands, seed=0)
     wide = {n: jnp.asarray(getattr(fitted, n), jnp.float64) for n in ("basis", "divisors")}
     codec = dataclasses.replace(fitted, **wide)
     uniform = np.random.default_rng(1).random(images.shape)
@@ -160,16 +160,25 @@ def test_patch_codec_is_an_exact_change_of_variables(x64, patch, frame, tokens):
     np.testing.assert_allclose(bits, -log_det / 784 / np.log(2), atol=1e-6)
 
 
+def test_a_band_holds_one_coefficient_of_every_patch():
+    images = digits.load_splits()["tune"].images[:2].copy()
+    codec = fit_patch_codec(images, 4, bands=True, seed=0)
+    before = np.asarray(codec.encode(jnp.asarray(images[:1]), 0.5))
+    images[0, 8:12, 20:24] = 255 - images[0, 8:12, 20:24]  # the patch in row 2, column 5 of 7
+    after = np.asarray(codec.encode(jnp.asarray(images[:1]), 0.5))
+    assert np.unique(np.argwhere(before != after)[:, 2]).tolist() == [2 * 7 + 5]
+    spread = np.square(codec.divisors).mean(0)
+    assert np.all(np.diff(spread) < 0)  # coarse to fine
+
+
 def test_patches_that_do_not_fill_the_image():
     with pytest.raises(ValueError, match="do not fill"):
-        patch_order(28, 28, 1, 5)
-    with pytest.raises(ValueError, match="does not divide"):
-        patch_order(7, 7, 1, 1, 1)
+        fit_patch_codec(np.zeros((1, 28, 28, 1), np.uint8), 5, bands=False, seed=0)
 
 
 def test_inverted_images_are_negative_latents():
     images = digits.load_splits()["tune"].images[:4]
-    codec = fit_patch_codec(images, patch_order(28, 28, 1, 7), 16, 0)
+    codec = fit_patch_codec(images, 4, bands=True, seed=0)
     x = codec.encode(jnp.asarray(images), 0.5)
     y = codec.encode(jnp.asarray(255 - images), 0.5)
     np.testing.assert_allclose(np.asarray(x), -np.asarray(y), atol=1e-4)

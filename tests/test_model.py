@@ -15,7 +15,7 @@ from starflow2_jax.data.sequences import ImageShape, encode_turns
 from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation.likelihood import CaptionScores, score_captions
 from starflow2_jax.model import Model
-from starflow2_jax.models.patches import fit_patch_codec, patch_order
+from starflow2_jax.models.patches import fit_patch_codec
 from starflow2_jax.models.pretzel import PretzelConfig
 
 SHAPE = ImageShape(4, 4, 1, 2)
@@ -31,7 +31,7 @@ def model():
         tokenizer.special,
         dtype="float32",
     )
-    codec = fit_patch_codec(IMAGES, patch_order(4, 4, 1, 2), 4, 0)
+    codec = fit_patch_codec(IMAGES, 2, bands=True, seed=0)
     return Model(Bundle(tiny.pretzel(config), codec, tokenizer, SHAPE, {"seed": 5}))
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from starflow2_jax.data import digits, pipeline
 from starflow2_jax.data.sequences import ImageShape
-from starflow2_jax.models.patches import fit_patch_codec, patch_order
+from starflow2_jax.models.patches import fit_patch_codec
 from starflow2_jax.models.pretzel import PretzelConfig
 from starflow2_jax.training.stages import IMAGE_TO_TEXT, JOINT, PRETRAIN_LM, TEXT_TO_IMAGE
 from starflow2_jax.training.step import StepConfig, init_state, noisy_latents, train_step
@@ -45,7 +45,7 @@ def setting():
     tokenizer = digits.tokenizer()
     shape = ImageShape(28, 28, 1, 2)
     split = digits.load_splits()["tune"]
-    codec = fit_patch_codec(split.images, patch_order(28, 28, 1, 14), 4, 0)
+    codec = fit_patch_codec(split.images, 14, bands=False, seed=0)
     maker = digits.Conversations(split, tokenizer, shape, len(split.labels), 1.0)
     config = PretzelConfig(
         tiny.vlm(vocab_size=tokenizer.vocab_size),

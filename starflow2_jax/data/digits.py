@@ -15,7 +15,7 @@ import numpy as np
 from starflow2_jax.data import pipeline
 from starflow2_jax.data.sequences import Document, ImageShape, Turn, Words, encode_turns
 from starflow2_jax.data.tokenizer import Tokenizer, train_tokenizer
-from starflow2_jax.models.patches import fit_patch_codec, patch_order
+from starflow2_jax.models.patches import fit_patch_codec
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 Task = Literal[
@@ -228,7 +228,6 @@ class DigitsData:
         self,
         *,
         patch: int,
-        frame: int,
         copies: int,
         raw_share: float,
         mixtures: Mapping[str, Mapping[Task, float]],
@@ -237,8 +236,7 @@ class DigitsData:
         """Prepares both splits.
 
         Args:
-            patch: side of a patch in pixels.
-            frame: width of the margin that is dealt out to all tokens, see `patch_order`.
+            patch: side of a patch in pixels; its coefficients, coarse to fine, are the tokens.
             copies: affine copies of each training digit.
             raw_share: of the training images shown, how many are unwarped ones.
             mixtures: shares of the tasks, by stage.
@@ -247,10 +245,8 @@ class DigitsData:
         splits = load_splits()
         train = splits["train"]
         self.tokenizer = tokenizer()
-        side = (28 - 2 * frame) // patch
-        self.image = ImageShape(28, 28, 1, side)
-        order = patch_order(28, 28, 1, patch, frame)
-        self.codec = fit_patch_codec(train.images, order, side * side, seed)
+        self.image = ImageShape(28, 28, 1, patch)
+        self.codec = fit_patch_codec(train.images, patch, bands=True, seed=seed)
         self._mixtures = mixtures
         raw = len(train.labels)
         self._training = Conversations(

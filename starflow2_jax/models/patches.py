@@ -1,8 +1,9 @@
 """Pixels as latents: an exact linear change of variables of dequantised 8-bit patches.
 
-The pixels p = 2 (k + U[0, 1)) / 256 - 1 are dealt out to tokens, and each token becomes
-x = (p basis) / divisors. The log-determinant is a constant, so a density of x is a density of the
-8-bit image. Letters: B images, H, W pixels, N tokens, C = H * W * channels / N.
+The pixels p = 2 (k + U[0, 1)) / 256 - 1 of each patch become coefficients (p basis) / divisors, and
+the coefficients are dealt out to tokens. The log-determinant is a constant, so a density of x is a
+density of the 8-bit image. Letters: B images, H, W pixels, P patches of K values, N tokens of C
+channels, N C = P K.
 """
 
 import dataclasses
@@ -21,30 +22,35 @@ def dequantised(images: jax.Array, uniform: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PatchCodec:
-    """An orthonormal basis of the tokens' pixels, with a divisor for each coordinate.
+    """An orthonormal basis of the patches, with a divisor for each coefficient of each patch.
 
     Attributes:
-        order: int32 [N * C], the pixel (of the flattened image) that each place of a token holds.
-        basis: [C, C], orthonormal columns.
-        divisors: [C], positive.
+        order: int32 [P * K], the pixel (of the flattened image) at each place of each patch.
+        basis: [K, K], orthonormal columns.
+        divisors: [P, K], positive.
         shape: (H, W, channels).
+        bands: token n is coefficient n of every patch (N = K, C = P), so that a picture comes from
+            coarse to fine and its first token shows the whole of it; if not, token n is patch n.
     """
 
     order: jax.Array
     basis: jax.Array
     divisors: jax.Array
     shape: tuple[int, int, int] = dataclasses.field(metadata={"static": True})
+    bands: bool = dataclasses.field(metadata={"static": True})
 
     def encode(self, images: jax.Array, uniform: jax.Array) -> jax.Array:
         """uint8 [B, H, W, channels] and U[0, 1) noise of that shape -> x [B, N, C]."""
         pixels = dequantised(images, uniform).reshape(images.shape[0], -1)
-        tokens = pixels[:, self.order].reshape(images.shape[0], -1, len(self.divisors))
-        return tokens @ self.basis / self.divisors
+        patches = pixels[:, self.order].reshape(images.shape[0], *self.divisors.shape)
+        coefficients = patches @ self.basis / self.divisors  # [B, P, K]
+        return coefficients.mT if self.bands else coefficients
 
     def decode(self, x: jax.Array) -> jax.Array:
         """x [B, N, C] -> real pixels [B, H, W, channels] on the [-1, 1) scale."""
-        tokens = (x * self.divisors) @ self.basis.T
-        pixels = tokens.reshape(len(x), -1)[:, jnp.argsort(self.order)]
+        coefficients = x.mT if self.bands else x
+        patches = (coefficients * self.divisors) @ self.basis.T
+        pixels = patches.reshape(len(x), -1)[:, jnp.argsort(self.order)]
         return pixels.reshape(len(x), *self.shape)
 
     def to_uint8(self, x: jax.Array) -> jax.Array:
@@ -61,58 +67,53 @@ class PatchCodec:
         return bits + 7.0 + jnp.log2(self.divisors).mean()
 
 
-def patch_order(height: int, width: int, channels: int, patch: int, frame: int = 0) -> np.ndarray:
-    """Which pixel each place of a token holds: square patches inside a frame, in raster order.
-
-    The frame's pixels are dealt out in raster order, equally many to each token behind those of its
-    patch. Where a picture's margin is empty, patches of its inside alone share the content of the
-    picture more evenly than patches of the whole.
+def patch_order(height: int, width: int, channels: int, patch: int) -> np.ndarray:
+    """Which pixel each place of each patch holds: square patches in raster order.
 
     Args:
         height, width, channels: of the image.
         patch: side of a patch in pixels.
-        frame: pixels left out on each side.
 
     Returns:
-        int32 [height * width * channels], a permutation.
+        int32 [P, K], each pixel once.
 
     Raises:
-        ValueError: patches do not fill the inside, or the frame does not divide among them.
+        ValueError: the patches do not fill the image.
     """
-    rows, columns = (height - 2 * frame) // patch, (width - 2 * frame) // patch
-    if rows * patch + 2 * frame != height or columns * patch + 2 * frame != width:
-        raise ValueError(
-            f"{patch}x{patch} patches do not fill {height}x{width} within a frame of {frame}"
-        )
-    index = np.arange(height * width * channels, dtype=np.int32).reshape(height, width, channels)
-    inside = index[frame : height - frame, frame : width - frame]
-    grid = inside.reshape(rows, patch, columns, patch, channels).transpose(0, 2, 1, 3, 4)
-    tokens = grid.reshape(rows * columns, -1)
-    margin = np.setdiff1d(index, inside)
-    if len(margin) % len(tokens):
-        raise ValueError(f"a frame of {len(margin)} values does not divide by {len(tokens)} tokens")
-    return np.concatenate([tokens, margin.reshape(len(tokens), -1)], axis=1).ravel()
+    rows, columns = height // patch, width // patch
+    if rows * patch != height or columns * patch != width:
+        raise ValueError(f"{patch}x{patch} patches do not fill {height}x{width}")
+    index = np.arange(height * width * channels, dtype=np.int32)
+    grid = index.reshape(rows, patch, columns, patch, channels).transpose(0, 2, 1, 3, 4)
+    return grid.reshape(rows * columns, -1)
 
 
-def fit_patch_codec(images: np.ndarray, order: np.ndarray, tokens: int, seed: int) -> PatchCodec:
-    """Principal axes of the tokens' dequantised pixels, with root mean squares as divisors.
+def fit_patch_codec(images: np.ndarray, patch: int, *, bands: bool, seed: int) -> PatchCodec:
+    """Principal axes of the dequantised patches, with root mean squares as divisors.
 
     The axes are those of the images and their negatives taken together, so that the mean is zero
     and an inverted image is the negative of its latents, but for the dequantisation noise.
 
     Args:
         images: uint8 [B, H, W, channels].
-        order: see `patch_order`.
-        tokens: N.
+        patch: side of a patch in pixels.
+        bands: see `PatchCodec`.
         seed: of the dequantisation.
+
+    Raises:
+        ValueError: the patches do not fill the images.
     """
-    dims = len(order) // tokens
-    plain = PatchCodec(jnp.asarray(order), jnp.eye(dims), jnp.ones(dims), images.shape[1:])
+    order = patch_order(*images.shape[1:], patch)
     uniform = np.random.default_rng(seed).random(images.shape, np.float32)
-    flat = np.asarray(plain.encode(jnp.asarray(images), uniform), np.float64).reshape(-1, dims)
+    pixels = np.asarray(dequantised(images, uniform), np.float64).reshape(len(images), -1)
+    patches = pixels[:, order]  # [B, P, K]
+    flat = patches.reshape(-1, order.shape[1])
     variances, axes = np.linalg.eigh(flat.T @ flat / len(flat))
-    return dataclasses.replace(
-        plain,
-        basis=jnp.asarray(axes[:, ::-1], jnp.float32),
-        divisors=jnp.asarray(np.sqrt(variances[::-1]), jnp.float32),
+    basis = axes[:, np.argsort(-variances)]
+    return PatchCodec(
+        order=jnp.asarray(order.ravel()),
+        basis=jnp.asarray(basis, jnp.float32),
+        divisors=jnp.asarray(np.sqrt(np.square(patches @ basis).mean(0)), jnp.float32),
+        shape=images.shape[1:],
+        bands=bands,
     )
