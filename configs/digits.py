@@ -6,6 +6,7 @@ Stage 0 trains a tiny Qwen2.5-shaped language model on text and freezes it; stag
 paper's. At the end: report.md, report.json and pictures in the work directory.
 """
 
+import itertools
 import pathlib
 
 import ml_collections
@@ -101,8 +102,10 @@ def get_config() -> ml_collections.ConfigDict:
             tuning=200,
             least_diversity=0.65,
             draws=2,
-            guidance=(1.0, 2.0, 3.0, 4.0),
-            temperature=(0.8, 0.9),
+            guidance=(0.5, 1.0, 2.0, 3.0),
+            temperature=(1.1, 1.2, 1.3),
+            edit_guidance=(1.0, 2.0, 3.0),
+            edit_temperature=(0.8, 0.9),
         )
     )
     return config
@@ -120,7 +123,14 @@ def smoke(config: ml_collections.ConfigDict) -> None:
     config.checkpoint.every = 1
     config.evaluation.update(every=1, batches=1, samples=2)
     config.report.update(
-        drawings=20, stories=8, tuning=10, draws=1, guidance=(1.0,), temperature=(0.9,)
+        drawings=20,
+        stories=8,
+        tuning=10,
+        draws=1,
+        guidance=(1.0,),
+        temperature=(0.9,),
+        edit_guidance=(1.0,),
+        edit_temperature=(0.9,),
     )
 
 
@@ -166,14 +176,14 @@ def draw_samples(bundle: Bundle, folder: pathlib.Path, name: str) -> None:
 
 def report(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     r = config.report
-    candidates = tuple((w, t) for w in r.guidance for t in r.temperature)
     write_report(
         load(workdir),
         ReportConfig(
             drawings=r.drawings,
             stories=r.stories,
             tuning=r.tuning,
-            candidates=candidates,
+            candidates=tuple(itertools.product(r.guidance, r.temperature)),
+            edit_candidates=tuple(itertools.product(r.edit_guidance, r.edit_temperature)),
             least_diversity=r.least_diversity,
             draws=r.draws,
             seed=config.seed,

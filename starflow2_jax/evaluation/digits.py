@@ -32,7 +32,8 @@ class ReportConfig:
         drawings: reported drawings, a multiple of ten.
         stories: reported stories of three.
         tuning: drawings for each candidate setting.
-        candidates: (guidance, image temperature) to choose from.
+        candidates: (guidance, image temperature) to choose from for drawings and stories.
+        edit_candidates: the same, for edits.
         least_diversity: a candidate below it is chosen only if all are.
         draws: dequantisation draws of each likelihood.
         seed: of all sampling.
@@ -42,6 +43,7 @@ class ReportConfig:
     stories: int
     tuning: int
     candidates: tuple[tuple[float, float], ...]
+    edit_candidates: tuple[tuple[float, float], ...]
     least_diversity: float
     draws: int
     seed: int
@@ -253,37 +255,86 @@ def measure(model: Model, config: ReportConfig, folder: pathlib.Path) -> dict[st
         folder / "drawings.png"
     )
 
-    report |= _measure_edits(model, judge, test, sampling, folder)
+    report |= _measure_edits(model, judge, tune, test, config, folder)
     report |= _measure_stories(model, judge, config, sampling, folder)
     return report
 
 
-def _measure_edits(
-    model: Model, judge: Judge, test: Digits, sampling: Sampling, folder: pathlib.Path
-) -> dict[str, float]:
-    follows = test.labels < 9
-    shown, wanted = test.images[follows], test.labels[follows] + 1
+@dataclasses.dataclass(frozen=True)
+class _Edits:
+    """Edits of a split's digits: what was shown, what was drawn, and whether that is right."""
+
+    shown: np.ndarray
+    drawn: list[np.ndarray | None]
+    right: np.ndarray
+
+
+def _next_digits(model: Model, judge: Judge, split: Digits, sampling: Sampling) -> _Edits:
+    """Right where the drawing is of the class after the shown one's."""
+    follows = split.labels < 9
+    shown, wanted = split.images[follows], split.labels[follows] + 1
     replies = model.generate([_ask(image, digits.NEXT) for image in shown], sampling)
-    drawn_next = [_first_image(reply) for reply in replies]
-    right_next = _judged(judge, drawn_next, wanted)
-    replies = model.generate([_ask(image, digits.INVERT) for image in test.images], sampling)
-    inverted = [_first_image(reply) for reply in replies]
-    sign = np.array([image is not None and image.mean() > 127.5 for image in inverted])
-    restored = [None if image is None else 255 - image for image in inverted]
-    right_invert = sign & _judged(judge, restored, test.labels)
+    drawn = [_first_image(reply) for reply in replies]
+    return _Edits(shown, drawn, _judged(judge, drawn, wanted))
+
+
+def _is_inverted(image: np.ndarray | None) -> bool:
+    return image is not None and bool(image.mean() > 127.5)
+
+
+def _inversions(model: Model, judge: Judge, split: Digits, sampling: Sampling) -> _Edits:
+    """Right where the drawing is dark on light and, inverted back, of the shown one's class."""
+    replies = model.generate([_ask(image, digits.INVERT) for image in split.images], sampling)
+    drawn = [_first_image(reply) for reply in replies]
+    restored = [255 - image if _is_inverted(image) else None for image in drawn]
+    return _Edits(split.images, drawn, _judged(judge, restored, split.labels))
+
+
+def _measure_edits(
+    model: Model,
+    judge: Judge,
+    tune: Digits,
+    test: Digits,
+    config: ReportConfig,
+    folder: pathlib.Path,
+) -> dict[str, Any]:
+    def edit(split: Digits, setting: tuple[float, float], seed: int) -> tuple[_Edits, _Edits]:
+        sampling = Sampling(*setting, max_images=1, seed=seed)
+        return (
+            _next_digits(model, judge, split, sampling),
+            _inversions(model, judge, split, sampling),
+        )
+
+    def accuracy(edits: tuple[_Edits, _Edits]) -> float:
+        return float(np.concatenate([e.right for e in edits]).mean())
+
+    tuning = [
+        {
+            "guidance": setting[0],
+            "image_temperature": setting[1],
+            "accuracy": accuracy(edit(tune, setting, config.seed + 1)),
+        }
+        for setting in config.edit_candidates
+    ]
+    best = max(tuning, key=lambda row: row["accuracy"])
+    chosen = (best["guidance"], best["image_temperature"])
+    following, inverted = edits = edit(test, chosen, config.seed + 2)
     rng = np.random.default_rng(0)
     pairs = []
-    for images, results in ((shown, drawn_next), (test.images, inverted)):
-        for i in rng.permutation(len(images))[:20]:
-            blank = np.zeros_like(images[i])
-            pairs += [images[i], blank if results[i] is None else results[i]]
+    for edited in edits:
+        for i in rng.permutation(len(edited.shown))[:20]:
+            image, drawn = edited.shown[i], edited.drawn[i]
+            pairs += [image, np.zeros_like(image) if drawn is None else drawn]
     grid(pairs, 10).save(folder / "edits.png")
     return {
-        "editing_accuracy": float(np.concatenate([right_next, right_invert]).mean()),
-        "editing_next_accuracy": float(right_next.mean()),
-        "editing_invert_accuracy": float(right_invert.mean()),
-        "editing_invert_sign": float(sign.mean()),
-        "edits": len(right_next) + len(right_invert),
+        "editing_accuracy": accuracy(edits),
+        "editing_next_accuracy": float(following.right.mean()),
+        "editing_invert_accuracy": float(inverted.right.mean()),
+        "editing_invert_sign": float(np.mean([_is_inverted(image) for image in inverted.drawn])),
+        "edits": len(following.right) + len(inverted.right),
+        "editing_guidance": chosen[0],
+        "editing_image_temperature": chosen[1],
+        "editing_tuning": tuning,
     }
 
 
@@ -362,6 +413,8 @@ _TABLE = (
     "drawing_accuracy",
     "classifier_accuracy",
     "editing_accuracy",
+    "editing_next_accuracy",
+    "editing_invert_accuracy",
     "story_accuracy",
     "story_all_right",
     "story_decision_accuracy",
@@ -406,14 +459,16 @@ def write_report(model: Model, config: ReportConfig, workdir: pathlib.Path) -> d
         "# Handwritten digits\n\n"
         f"{report['held_out_images']} held-out digits; {report['drawings']} drawings at guidance "
         f"{report['guidance']} and temperature {report['image_temperature']} (chosen on another "
-        f"split; `_plain` is guidance 0, temperature 1); {report['stories']} stories of three.\n\n"
+        f"split; `_plain` is guidance 0, temperature 1); {report['stories']} stories of three; "
+        f"{report['edits']} edits at guidance {report['editing_guidance']} and temperature "
+        f"{report['editing_image_temperature']}, chosen likewise.\n\n"
         f"{table}\n\n"
         f"| stage | seconds | images/s | tokens/s |\n|---|---|---|---|\n{stages}\n\n"
         f"Frozen weights before and after: `{report['frozen_checksum_before'][:16]}`, "
         f"`{report['frozen_checksum_after'][:16]}`.\n\n"
         "![drawings](drawings.png)\n\n![stories](stories.png)\n\n![edits](edits.png)\n\n"
         "![losses](losses.png)\n\n"
-        f"```json\n{json.dumps(report['tuning'], indent=1)}\n```\n",
+        f"```json\n{json.dumps([report['tuning'], report['editing_tuning']], indent=1)}\n```\n",
         encoding="utf-8",
     )
     print(table)
