@@ -23,7 +23,7 @@ from starflow2_jax.bundle import Bundle, load_bundle
 from starflow2_jax.data.pipeline import BatchShape, HostBatch, single_batch, to_rows
 from starflow2_jax.data.sequences import Document, Turn, encode_turns, unconditional_prompt
 from starflow2_jax.errors import UserError
-from starflow2_jax.models.patches import PatchCodec
+from starflow2_jax.models.patches import PatchCodec, noisy_latents
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.sampling import display, generate
 from starflow2_jax.sampling.generate import Output
@@ -213,11 +213,10 @@ class Model:
             part = documents[start : start + shape.rows]
             batch = single_batch(part, shape)
             image_total, text_total = 0.0, 0.0
+            for row, seed in enumerate(seeds[start : start + shape.rows]):
+                batch["image_seeds"][row] = _image_seeds(seed, most)
             for draw in range(draws):
-                for row, seed in enumerate(seeds[start : start + shape.rows]):
-                    spread = np.random.SeedSequence([seed, draw]).generate_state(most)
-                    batch["image_seeds"][row] = spread
-                images, text = _score(self.pretzel, self.bundle.codec, batch)
+                images, text = _score(self.pretzel, self.bundle.codec, batch, draw)
                 image_total = image_total + np.asarray(images, np.float64) / draws
                 text_total = text_total + np.asarray(text, np.float64) / draws
             bits = np.asarray(self.bundle.codec.bits_per_dim(image_total))
@@ -253,8 +252,8 @@ class Model:
                 raise UserError(f"prompt {i} must end with a user's turn")
             documents.append(self.encode(turns, draw=draw))
         images = [image for d in documents for image in d.images]
-        seeds = [i for d in documents for i in range(len(d.images))]
-        u = self.latents(np.stack(images), seeds) if images else None
+        seeds = [_image_seeds(0, len(d.images)) for d in documents]
+        u = self.latents(np.stack(images), np.concatenate(seeds)) if images else None
         rows, taken = [], 0
         flow = self.pretzel.config.flow
         for d in documents:
@@ -300,23 +299,22 @@ class Model:
         }
 
 
-def _dequantised(codec: PatchCodec, images: jax.Array, seeds: jax.Array) -> jax.Array:
-    """uint8 [B, H, W, channels] and uint32 [B] -> x [B, N, C] without training noise."""
-    draw = lambda seed: jax.random.uniform(jax.random.key(seed), images.shape[1:])
-    return codec.encode(images, jax.vmap(draw)(seeds))
+def _image_seeds(record: int, images: int) -> np.ndarray:
+    """Seeds uint32 [images] of the images of a conversation."""
+    return np.random.SeedSequence(record).generate_state(images)
 
 
 @jax.jit
 def _latents(model: Pretzel, codec: PatchCodec, images: jax.Array, seeds: jax.Array) -> jax.Array:
-    x = _dequantised(codec, images, seeds)
+    x = noisy_latents(codec, images, 0, seeds)
     return model.shallow.forward(x, jnp.dtype(model.config.dtype))[0][-1]
 
 
 @jax.jit
-def _score(model: Pretzel, codec: PatchCodec, batch: HostBatch) -> tuple[jax.Array, jax.Array]:
+def _score(
+    model: Pretzel, codec: PatchCodec, batch: HostBatch, draw: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """log p of images [B, I] and of text tokens [B, T], nats."""
-    b, i = batch["image_seeds"].shape
-    images = batch["images"].reshape(b * i, *batch["images"].shape[2:])
-    x = _dequantised(codec, images, batch["image_seeds"].reshape(-1))
-    likelihood = model.log_prob(to_rows(batch), x.reshape(b, i, *x.shape[1:]))
+    x = noisy_latents(codec, batch["images"], draw, batch["image_seeds"])
+    likelihood = model.log_prob(to_rows(batch), x)
     return likelihood.image_log_prob, likelihood.text_log_prob
