@@ -26,7 +26,9 @@ from starflow2_jax.errors import UserError
 from starflow2_jax.models.patches import PatchCodec, noisy_latents
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.sampling import display, generate
+from starflow2_jax.sampling import jacobi as parallel
 from starflow2_jax.sampling.generate import Output
+from starflow2_jax.sampling.jacobi import JacobiConfig
 from starflow2_jax.sampling.prompts import Image, Row
 from starflow2_jax.sampling.state import RowSettings, row_settings
 
@@ -121,6 +123,7 @@ class Model:
         draw: bool = False,
         context: int | None = None,
         rows: int = 128,
+        jacobi: JacobiConfig | None = None,
     ) -> list[Reply]:
         """Continues each conversation with the model's turn.
 
@@ -130,6 +133,7 @@ class Model:
             draw: the reply starts with an image, whatever the model would choose.
             context: most positions of a row; default: as many as its limits allow.
             rows: prompts of one compiled batch.
+            jacobi: draw, and invert the shallow flow, by Jacobi iteration; None: token after token.
 
         Raises:
             UserError: special tokens in a text, an image of another size, a prompt too long.
@@ -141,10 +145,10 @@ class Model:
             here = here if len(prompts) > rows else list(range(len(prompts)))
             encoded = self._rows([prompts[i] for i in here], draw)
             options = self._options(here, sampling, context)
-            outputs += generate.generate(self.pretzel, encoded, **options)
+            outputs += generate.generate(self.pretzel, encoded, jacobi=jacobi, **options)
         outputs = outputs[: len(prompts)]
         drawn = [piece.u for out in outputs for piece in out.pieces if isinstance(piece, Image)]
-        pixels = iter(self.pixels(np.stack(drawn)) if drawn else ())
+        pixels = iter(self.pixels(np.stack(drawn), jacobi) if drawn else ())
         return [Reply(self._parts(out, pixels), out.reason) for out in outputs]
 
     def _parts(self, out: Output, pixels: Iterator[np.ndarray]) -> tuple[str | np.ndarray, ...]:
@@ -164,12 +168,14 @@ class Model:
         *,
         draw: bool = False,
         context: int | None = None,
+        jacobi: JacobiConfig | None = None,
     ) -> Iterator[str | np.ndarray]:
         """Yields the reply to one conversation as it comes: pieces of text, then images."""
         rows = self._rows([prompt], draw)
+        options = self._options([0], sampling, context)
         written: list[int] = []
         shown = ""
-        for event in generate.stream(self.pretzel, rows, **self._options([0], sampling, context)):
+        for event in generate.stream(self.pretzel, rows, jacobi=jacobi, **options):
             if isinstance(event, generate.TextEvent):
                 written += event.tokens
                 # Bytes of one character may come in several tokens: show what is complete.
@@ -178,7 +184,7 @@ class Model:
                     yield text[len(shown) :]
                     shown = text
             elif isinstance(event, generate.ImageEvent):
-                yield self.pixels(event.u[None])[0]
+                yield self.pixels(event.u[None], jacobi)[0]
                 written, shown = [], ""
 
     def log_prob(
@@ -228,11 +234,18 @@ class Model:
                 )
         return scores
 
-    def pixels(self, u: np.ndarray) -> np.ndarray:
-        """Latents of the deep stream [B, N, C] -> images uint8 [B, H, W, channels]."""
+    def pixels(self, u: np.ndarray, jacobi: JacobiConfig | None = None) -> np.ndarray:
+        """Latents of the deep stream [B, N, C] -> images uint8 [B, H, W, channels].
+
+        The shallow flow is inverted token after token, or by Jacobi iteration.
+        """
         count = len(u)
         padded = np.resize(u, (generate.bucket(count, 4), *u.shape[1:]))
-        x = display.to_x(self.pretzel, jnp.asarray(padded))
+        latents = jnp.asarray(padded)
+        if jacobi is None:
+            x = display.to_x(self.pretzel, latents)
+        else:
+            x, _ = parallel.to_x(self.pretzel, latents, jacobi)
         return np.asarray(self.bundle.codec.to_uint8(x))[:count]
 
     def latents(self, images: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
