@@ -212,7 +212,7 @@ def open_folder(
     if empty or not (names or loose):
         where = f"{root / empty[0]}" if empty else f"{root}"
         raise UserError(f"{where} holds no image files ({', '.join(SUFFIXES)})")
-    known = tuple(names if classes is None or not names else classes)
+    known = tuple(names if classes is None else classes)
     unknown = [name for name in names if name not in known]
     if unknown:
         shown = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
