@@ -18,6 +18,7 @@ from starflow2_jax.model import Model, load
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.pretzel import PretzelConfig
 from starflow2_jax.models.qwen2_5_vl import LanguageModelConfig
+from starflow2_jax.training.pretzel import PretzelTask
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -168,6 +169,12 @@ def make_model_config(config: ml_collections.ConfigDict, data: DigitsData) -> Pr
         special=data.tokenizer.special,
         dtype="float32",
     )
+
+
+def make_task(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> PretzelTask:
+    del workdir
+    data = make_data(config)
+    return PretzelTask(config, data, make_model_config(config, data), draw_samples)
 
 
 def draw_samples(bundle: Bundle, folder: pathlib.Path, name: str) -> None:

@@ -41,17 +41,25 @@ def write_description(
     write_json(folder / MODEL_FILE, record)
 
 
+def model_folder(folder: pathlib.Path) -> pathlib.Path:
+    """The model directory itself, where `folder` may be the work directory of a finished run."""
+    inside = folder / "model"
+    return inside if not (folder / MODEL_FILE).is_file() and inside.is_dir() else folder
+
+
 def read_description(folder: pathlib.Path) -> tuple[ImageFlowConfig, dict[str, Any]]:
     """The shape of a directory's model, and all of its `model.json`.
 
     Raises:
         UserError: no directory of an image model, or damaged.
     """
-    path = folder / MODEL_FILE
+    path = model_folder(folder) / MODEL_FILE
     if not path.is_file():
         raise UserError(f"{folder}: no {MODEL_FILE}; expected the directory of an image model")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        if "family" not in record:
+            raise UserError(f"{path} is of no image model of the family: it is a STARFlow2 model")
         version, family, fields = record["format_version"], record["family"], record["model"]
         if family == "starflow":
             config = StarFlowConfig(**{**fields, "depths": tuple(fields["depths"])})
@@ -81,10 +89,13 @@ def save_image_flow(
 def load_image_flow(folder: pathlib.Path) -> ImageFlow:
     """Reads a directory that `save_image_flow` or a conversion wrote; parameters in float32.
 
+    The work directory of a finished run stands for its model.
+
     Raises:
         UserError: it is none, or damaged.
     """
     config, _ = read_description(folder)
+    folder = model_folder(folder)
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: ImageFlow(config, rngs=nnx.Rngs(0))))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = jax.tree.map(

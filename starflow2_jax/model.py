@@ -23,10 +23,12 @@ from starflow2_jax.bundle import Bundle, load_bundle
 from starflow2_jax.data.pipeline import BatchShape, HostBatch, single_batch, to_rows
 from starflow2_jax.data.sequences import Document, Turn, encode_turns, unconditional_prompt
 from starflow2_jax.errors import UserError
-from starflow2_jax.models.patches import PatchCodec
+from starflow2_jax.models.patches import PatchCodec, noisy_latents
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.sampling import display, generate
+from starflow2_jax.sampling import jacobi as parallel
 from starflow2_jax.sampling.generate import Output
+from starflow2_jax.sampling.jacobi import JacobiConfig
 from starflow2_jax.sampling.prompts import Image, Row
 from starflow2_jax.sampling.state import RowSettings, row_settings
 
@@ -121,6 +123,7 @@ class Model:
         draw: bool = False,
         context: int | None = None,
         rows: int = 128,
+        jacobi: JacobiConfig | None = None,
     ) -> list[Reply]:
         """Continues each conversation with the model's turn.
 
@@ -130,6 +133,7 @@ class Model:
             draw: the reply starts with an image, whatever the model would choose.
             context: most positions of a row; default: as many as its limits allow.
             rows: prompts of one compiled batch.
+            jacobi: draw, and invert the shallow flow, by Jacobi iteration; None: token after token.
 
         Raises:
             UserError: special tokens in a text, an image of another size, a prompt too long.
@@ -141,10 +145,10 @@ class Model:
             here = here if len(prompts) > rows else list(range(len(prompts)))
             encoded = self._rows([prompts[i] for i in here], draw)
             options = self._options(here, sampling, context)
-            outputs += generate.generate(self.pretzel, encoded, **options)
+            outputs += generate.generate(self.pretzel, encoded, jacobi=jacobi, **options)
         outputs = outputs[: len(prompts)]
         drawn = [piece.u for out in outputs for piece in out.pieces if isinstance(piece, Image)]
-        pixels = iter(self.pixels(np.stack(drawn)) if drawn else ())
+        pixels = iter(self.pixels(np.stack(drawn), jacobi) if drawn else ())
         return [Reply(self._parts(out, pixels), out.reason) for out in outputs]
 
     def _parts(self, out: Output, pixels: Iterator[np.ndarray]) -> tuple[str | np.ndarray, ...]:
@@ -164,12 +168,14 @@ class Model:
         *,
         draw: bool = False,
         context: int | None = None,
+        jacobi: JacobiConfig | None = None,
     ) -> Iterator[str | np.ndarray]:
         """Yields the reply to one conversation as it comes: pieces of text, then images."""
         rows = self._rows([prompt], draw)
+        options = self._options([0], sampling, context)
         written: list[int] = []
         shown = ""
-        for event in generate.stream(self.pretzel, rows, **self._options([0], sampling, context)):
+        for event in generate.stream(self.pretzel, rows, jacobi=jacobi, **options):
             if isinstance(event, generate.TextEvent):
                 written += event.tokens
                 # Bytes of one character may come in several tokens: show what is complete.
@@ -178,7 +184,7 @@ class Model:
                     yield text[len(shown) :]
                     shown = text
             elif isinstance(event, generate.ImageEvent):
-                yield self.pixels(event.u[None])[0]
+                yield self.pixels(event.u[None], jacobi)[0]
                 written, shown = [], ""
 
     def log_prob(
@@ -213,11 +219,10 @@ class Model:
             part = documents[start : start + shape.rows]
             batch = single_batch(part, shape)
             image_total, text_total = 0.0, 0.0
+            for row, seed in enumerate(seeds[start : start + shape.rows]):
+                batch["image_seeds"][row] = _image_seeds(seed, most)
             for draw in range(draws):
-                for row, seed in enumerate(seeds[start : start + shape.rows]):
-                    spread = np.random.SeedSequence([seed, draw]).generate_state(most)
-                    batch["image_seeds"][row] = spread
-                images, text = _score(self.pretzel, self.bundle.codec, batch)
+                images, text = _score(self.pretzel, self.bundle.codec, batch, draw)
                 image_total = image_total + np.asarray(images, np.float64) / draws
                 text_total = text_total + np.asarray(text, np.float64) / draws
             bits = np.asarray(self.bundle.codec.bits_per_dim(image_total))
@@ -229,11 +234,18 @@ class Model:
                 )
         return scores
 
-    def pixels(self, u: np.ndarray) -> np.ndarray:
-        """Latents of the deep stream [B, N, C] -> images uint8 [B, H, W, channels]."""
+    def pixels(self, u: np.ndarray, jacobi: JacobiConfig | None = None) -> np.ndarray:
+        """Latents of the deep stream [B, N, C] -> images uint8 [B, H, W, channels].
+
+        The shallow flow is inverted token after token, or by Jacobi iteration.
+        """
         count = len(u)
         padded = np.resize(u, (generate.bucket(count, 4), *u.shape[1:]))
-        x = display.to_x(self.pretzel, jnp.asarray(padded))
+        latents = jnp.asarray(padded)
+        if jacobi is None:
+            x = display.to_x(self.pretzel, latents)
+        else:
+            x, _ = parallel.to_x(self.pretzel, latents, jacobi)
         return np.asarray(self.bundle.codec.to_uint8(x))[:count]
 
     def latents(self, images: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
@@ -253,8 +265,8 @@ class Model:
                 raise UserError(f"prompt {i} must end with a user's turn")
             documents.append(self.encode(turns, draw=draw))
         images = [image for d in documents for image in d.images]
-        seeds = [i for d in documents for i in range(len(d.images))]
-        u = self.latents(np.stack(images), seeds) if images else None
+        seeds = [_image_seeds(0, len(d.images)) for d in documents]
+        u = self.latents(np.stack(images), np.concatenate(seeds)) if images else None
         rows, taken = [], 0
         flow = self.pretzel.config.flow
         for d in documents:
@@ -300,23 +312,22 @@ class Model:
         }
 
 
-def _dequantised(codec: PatchCodec, images: jax.Array, seeds: jax.Array) -> jax.Array:
-    """uint8 [B, H, W, channels] and uint32 [B] -> x [B, N, C] without training noise."""
-    draw = lambda seed: jax.random.uniform(jax.random.key(seed), images.shape[1:])
-    return codec.encode(images, jax.vmap(draw)(seeds))
+def _image_seeds(record: int, images: int) -> np.ndarray:
+    """Seeds uint32 [images] of the images of a conversation."""
+    return np.random.SeedSequence(record).generate_state(images)
 
 
 @jax.jit
 def _latents(model: Pretzel, codec: PatchCodec, images: jax.Array, seeds: jax.Array) -> jax.Array:
-    x = _dequantised(codec, images, seeds)
+    x = noisy_latents(codec, images, 0, seeds)
     return model.shallow.forward(x, jnp.dtype(model.config.dtype))[0][-1]
 
 
 @jax.jit
-def _score(model: Pretzel, codec: PatchCodec, batch: HostBatch) -> tuple[jax.Array, jax.Array]:
+def _score(
+    model: Pretzel, codec: PatchCodec, batch: HostBatch, draw: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """log p of images [B, I] and of text tokens [B, T], nats."""
-    b, i = batch["image_seeds"].shape
-    images = batch["images"].reshape(b * i, *batch["images"].shape[2:])
-    x = _dequantised(codec, images, batch["image_seeds"].reshape(-1))
-    likelihood = model.log_prob(to_rows(batch), x.reshape(b, i, *x.shape[1:]))
+    x = noisy_latents(codec, batch["images"], draw, batch["image_seeds"])
+    likelihood = model.log_prob(to_rows(batch), x)
     return likelihood.image_log_prob, likelihood.text_log_prob

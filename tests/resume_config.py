@@ -6,6 +6,7 @@ from starflow2_jax.data.digits import DigitsData
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.pretzel import PretzelConfig
 from starflow2_jax.models.qwen2_5_vl import LanguageModelConfig
+from starflow2_jax.training.pretzel import PretzelTask
 
 
 def get_config():
@@ -58,3 +59,8 @@ def make_model_config(config, data):
         special=data.tokenizer.special,
         dtype="float32",
     )
+
+
+def make_task(config, workdir):
+    data = make_data(config)
+    return PretzelTask(config, data, make_model_config(config, data), draw_samples=None)

@@ -1,16 +1,30 @@
 """Jacobi sampling: exact where it may run long enough, of every kind of block."""
 
+import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from sampling_cases import (
+    PROMPTS,
+    SPECIAL,
+    TOLERANCE,
+    UNCONDITIONAL,
+    N,
+    mixed,
+    prefilled,
+    random_model,
+    row_of,
+)
 
 from starflow2_jax.models.af_block import AFBlock, BlockConfig, Given
 from starflow2_jax.models.guidance import LogScaleGuidance
-from starflow2_jax.sampling import display, jacobi
+from starflow2_jax.sampling import display, jacobi, step
+from starflow2_jax.sampling.state import Mode
 
 F64 = jnp.float64
 TOKENS = 6
@@ -66,11 +80,11 @@ def test_enough_passes_are_exact(x64, kind, guided):
     model = block(**KINDS[kind])
     z, angles, given = inputs(kind, guided=guided)
     rule = LogScaleGuidance(0.5, annealed=True) if guided else None
-    config = jacobi.JacobiConfig(chunk=4, threshold=0.0, max_passes=5)
+    config = jacobi.JacobiConfig(chunk=4, threshold=0.0, max_passes=None)
     u, passes = solver(config)(model, z, angles, given, rule)
     tiny.close(u, sequential(model, z, angles, given, rule), 1e-10)
     # 6 tokens, or 5 where the first one passes unchanged: a whole chunk and a rest.
-    assert passes.tolist() == [5, 5]
+    assert passes.tolist() == [4, 1 if kind == "shifted" else 2]
     if not guided:
         back, _ = model.forward(u, angles, F64, given)
         tiny.close(back, z, 1e-10)
@@ -139,3 +153,53 @@ def test_volume_preserving_blocks_have_no_scale(x64):
     back, log_det = model.forward(u, angles, F64, given)
     tiny.close(back, z, 1e-10)
     assert not log_det.any()
+
+
+ROWS = [row_of(*pieces) for pieces in PROMPTS]
+EXACT = jacobi.JacobiConfig(chunk=64, threshold=0.0, max_passes=None, measure="largest")
+
+
+@pytest.mark.parametrize(("guided", "chunk"), [(False, 64), (False, 2), (True, 64)])
+def test_the_deep_block_under_the_vlm_is_drawn_exactly(x64, guided, chunk):
+    """Rows that write, read, or draw at once; images that the model starts by itself."""
+    model, settings = random_model(), mixed(range(4), guided)
+    start = prefilled(model, ROWS, settings, UNCONDITIONAL if guided else None)
+    start = dataclasses.replace(start, record=None)
+    config = dataclasses.replace(EXACT, chunk=chunk)
+    theirs = step.advance(model, jax.tree.map(jnp.copy, start), settings, 10**6)
+    ours = jacobi.advance(model, start, settings, 10**6, config)
+    assert int(ours.images.sum()) > 2
+    for name in ("tokens", "kinds", "mode", "draws", "texts", "images", "position"):
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), name)
+    assert (ours.mode == Mode.DONE).all()
+    drawn = np.arange(ours.u.shape[1]) < np.asarray(ours.images)[:, None]
+    tiny.close(ours.u[drawn], theirs.u[drawn], TOLERANCE)
+    for stream in ("vlm", "deep"):
+        cache, other = ours.caches[stream], theirs.caches[stream]
+        np.testing.assert_array_equal(cache["length"], other["length"])
+        real = np.arange(cache["k"].shape[2]) < np.asarray(cache["length"])[:, None]
+        for name in ("k", "v"):
+            tiny.close(cache[name][:, real], other[name][:, real], TOLERANCE)
+
+
+def test_drawing_stops_early_and_waits_for_no_row(x64):
+    model, settings = random_model(), mixed(range(4), False)
+    start = dataclasses.replace(prefilled(model, ROWS, settings), record=None)
+    draw = jax.jit(jacobi.draw, static_argnames="config")
+    exact, passes = draw(model, start, settings, config=EXACT)
+    assert passes.shape == (1,) and int(passes[0]) <= N - 1
+    # Row 1 alone starts with an image: all but its last latent.
+    assert exact.drawn.tolist() == [0, N - 1, 0, 0]
+    assert exact.length.tolist() == (start.length + jnp.array([0, N - 1, 0, 0])).tolist()
+    rest = np.array([0, 2, 3])
+    np.testing.assert_array_equal(exact.y[rest], start.y[rest])
+    np.testing.assert_array_equal(exact.tokens[rest], start.tokens[rest])
+    assert (exact.tokens[1] == SPECIAL.image_pad).sum() == N - 1
+    rough, passes = draw(model, start, settings, config=dataclasses.replace(EXACT, threshold=1e30))
+    assert passes.tolist() == [1]
+    # The first two latents are exact after one pass, the others are not.
+    tiny.close(rough.u[1, 0, :2], exact.u[1, 0, :2], TOLERANCE)
+    assert np.abs(rough.u[1, 0, 2] - exact.u[1, 0, 2]).max() > 1e-6
+    recorded = prefilled(model, ROWS, settings)
+    with pytest.raises(ValueError, match="record"):
+        jacobi.draw(model, recorded, settings, EXACT)

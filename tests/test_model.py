@@ -2,8 +2,6 @@
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -15,7 +13,7 @@ from starflow2_jax.data.sequences import ImageShape, encode_turns
 from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation.likelihood import CaptionScores, score_captions
 from starflow2_jax.model import Model
-from starflow2_jax.models.patches import fit_patch_codec
+from starflow2_jax.models.patches import fit_patch_codec, noisy_latents
 from starflow2_jax.models.pretzel import PretzelConfig
 
 SHAPE = ImageShape(4, 4, 1, 2)
@@ -89,9 +87,8 @@ def test_log_prob_is_the_models(model):
     np.testing.assert_array_equal(scores[0].images, scores[2].images)
     document = encode_turns(turns, model.tokenizer, SHAPE)
     batch = pipeline.single_batch([document])
-    noise = np.random.SeedSequence([0, 0]).generate_state(2)
-    draw = lambda seed: jax.random.uniform(jax.random.key(seed), (4, 4, 1))
-    x = model.bundle.codec.encode(jnp.asarray(IMAGES[:2]), jax.vmap(draw)(jnp.asarray(noise)))
+    seeds = np.random.SeedSequence(0).generate_state(2)
+    x = noisy_latents(model.bundle.codec, IMAGES[:2], 0, seeds)
     expected = model.pretzel.log_prob(pipeline.to_rows(batch), x[None])
     np.testing.assert_allclose(scores[0].images, expected.image_log_prob[0], rtol=1e-5)
     text = np.asarray(expected.text_log_prob[0])[document.text_loss]

@@ -9,10 +9,10 @@ from flax import nnx
 
 from starflow2_jax.data import digits, pipeline
 from starflow2_jax.data.sequences import ImageShape
-from starflow2_jax.models.patches import fit_patch_codec
+from starflow2_jax.models.patches import fit_patch_codec, noisy_latents
 from starflow2_jax.models.pretzel import PretzelConfig
 from starflow2_jax.training.stages import IMAGE_TO_TEXT, JOINT, PRETRAIN_LM, TEXT_TO_IMAGE
-from starflow2_jax.training.step import StepConfig, init_state, noisy_latents, train_step
+from starflow2_jax.training.step import StepConfig, init_state, train_step
 
 TRAINED = {
     "pretrain_lm": {"vlm"},
@@ -71,10 +71,11 @@ def test_a_stage_moves_what_it_trains_and_nothing_else(setting, stage):
     state = init_state(trainable, config, seed=0)
     step = jax.jit(
         train_step,
-        static_argnames=("graphdef", "stage", "config"),
+        static_argnames=("graphdef", "loss", "config"),
         compiler_options={"xla_backend_optimization_level": 0},
     )
-    after, metrics = step(graphdef, state, frozen, codec, batch, stage, config)
+    loss = stage.loss(config, training=True)
+    after, metrics = step(graphdef, state, frozen, codec, batch, loss, config)
     assert {k for k in metrics if k.startswith("loss_")} == (
         ({"loss_image"} if stage.image else set()) | ({"loss_text"} if stage.text else set())
     )
@@ -92,9 +93,18 @@ def test_a_stage_moves_what_it_trains_and_nothing_else(setting, stage):
 
 def test_the_noise_of_an_image_depends_on_its_own_seed(setting):
     _, codec, batch = setting
-    x = noisy_latents(codec, batch, jnp.uint32(0), jnp.float32(0.1))
-    swapped = {k: batch[k][::-1] for k in ("images", "image_seeds")}
-    y = noisy_latents(codec, swapped, jnp.uint32(0), jnp.float32(0.1))
-    np.testing.assert_allclose(x[::-1], y, atol=1e-6)
-    other = noisy_latents(codec, batch, jnp.uint32(1), jnp.float32(0.1))
-    assert np.abs(np.asarray(x - other)).max() > 0.01
+
+    def latents(seed, images, seeds, std):
+        return noisy_latents(codec, images, jnp.uint32(seed), seeds, jnp.float32(std))
+
+    images, seeds = batch["images"], batch["image_seeds"]
+    x = latents(0, images, seeds, 0.1)
+    assert x.shape == (*seeds.shape, 4, 196)
+    np.testing.assert_allclose(x[::-1], latents(0, images[::-1], seeds[::-1], 0.1), atol=1e-6)
+    np.testing.assert_allclose(x[1], latents(0, images[1], seeds[1], 0.1), atol=1e-6)
+    assert np.abs(np.asarray(x - latents(1, images, seeds, 0.1))).max() > 0.01
+    assert np.abs(np.asarray(x - latents(0, images, seeds + 1, 0.1))).max() > 0.01
+    # The dequantisation is the same with and without noise on the latents.
+    dequantised = latents(0, images, seeds, 0.0)
+    half = latents(0, images, seeds, 0.05)
+    np.testing.assert_allclose(half - dequantised, 0.5 * (x - dequantised), atol=1e-5)

@@ -81,6 +81,16 @@ def _taken(arguments: Mapping[str, Any], known: Mapping[str, Any], model: str) -
     return taken
 
 
+def _check_depths(depths: Sequence[Any]) -> None:
+    """Raises UserError where a block has no layers, which the release takes for the identity."""
+    for depth in depths:
+        if not isinstance(depth, int) or depth < 1:
+            raise UserError(
+                f"layers_per_block says {depth!r}: blocks without layers are not supported; "
+                "expected at least 1 layer in each block"
+            )
+
+
 def starflow_config(arguments: Mapping[str, Any], dtype: str = "float32") -> StarFlowConfig:
     """The shape of a STARFlow from the release's constructor arguments.
 
@@ -120,6 +130,7 @@ def starflow_config(arguments: Mapping[str, Any], dtype: str = "float32") -> Sta
     depths = (depths,) * a["num_blocks"] if isinstance(depths, int) else tuple(depths)
     if len(depths) != a["num_blocks"]:
         raise UserError(f"layers_per_block lists {len(depths)} blocks of {a['num_blocks']}")
+    _check_depths(depths)
     return StarFlowConfig(
         channels=a["in_channels"],
         side=a["pt_seq_len"] or a["img_size"] // a["patch_size"],
@@ -154,6 +165,7 @@ def tarflow_config(arguments: Mapping[str, Any], dtype: str = "float32") -> TarF
     needed = ("in_channels", "img_size", "patch_size", "channels", "num_blocks", "layers_per_block")
     defaults = {**dict.fromkeys(needed, ...), "nvp": True, "num_classes": 0, "head_dim": 64}
     a = _taken(arguments, defaults, "TarFlow")
+    _check_depths([a["layers_per_block"]])
     return TarFlowConfig(
         channels=a["in_channels"],
         size=a["img_size"],

@@ -6,6 +6,7 @@ are held out: 25 to choose settings on (`tune`), 25 to report on (`test`).
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Mapping
 from typing import Literal
 
@@ -13,6 +14,7 @@ import grain
 import numpy as np
 
 from starflow2_jax.data import pipeline
+from starflow2_jax.data.images import write_folder
 from starflow2_jax.data.sequences import Document, ImageShape, Turn, Words, encode_turns
 from starflow2_jax.data.tokenizer import Tokenizer, train_tokenizer
 from starflow2_jax.models.patches import fit_patch_codec
@@ -98,25 +100,39 @@ def load_splits() -> dict[str, Digits]:
     }
 
 
-def with_affine_copies(digits: Digits, copies: int, seed: int) -> Digits:
-    """The digits and `copies` randomly turned, sheared, scaled and shifted versions of each."""
+def random_affine(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A digit uint8 [28, 28, 1], a little turned, sheared, scaled and shifted."""
     from scipy import ndimage
 
+    centre = np.array([13.5, 13.5])
+    angle, shear = rng.uniform(-0.2, 0.2), rng.uniform(-0.15, 0.15)
+    scale = rng.uniform(0.9, 1.1, size=2)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    matrix = turn @ np.array([[1.0, shear], [0.0, 1.0]]) @ np.diag(scale)
+    offset = centre - matrix @ (centre + rng.uniform(-1, 1, size=2))
+    # Cubic: linear interpolation would blur strokes, and the likelihood would notice.
+    plain = image[..., 0].astype(np.float32)
+    moved = ndimage.affine_transform(plain, matrix, offset, order=3)
+    clean = np.where(moved < 8, 0, np.clip(np.round(moved), 0, 255))
+    return clean.astype(np.uint8)[..., None]
+
+
+def with_affine_copies(digits: Digits, copies: int, seed: int) -> Digits:
+    """The digits and `copies` randomly warped versions of each, see `random_affine`."""
     rng = np.random.default_rng(seed)
-    images, centre = [digits.images], np.array([13.5, 13.5])
+    images = [digits.images]
     for _ in range(copies):
-        warped = np.empty_like(digits.images)
-        for i, image in enumerate(digits.images[..., 0]):
-            angle, shear = rng.uniform(-0.2, 0.2), rng.uniform(-0.15, 0.15)
-            scale = rng.uniform(0.9, 1.1, size=2)
-            turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-            matrix = turn @ np.array([[1.0, shear], [0.0, 1.0]]) @ np.diag(scale)
-            offset = centre - matrix @ (centre + rng.uniform(-1, 1, size=2))
-            # Cubic: linear interpolation would blur strokes, and the likelihood would notice.
-            moved = ndimage.affine_transform(image.astype(np.float32), matrix, offset, order=3)
-            warped[i, :, :, 0] = np.where(moved < 8, 0, np.clip(np.round(moved), 0, 255))
-        images.append(warped)
+        images.append(np.stack([random_affine(image, rng) for image in digits.images]))
     return Digits(np.concatenate(images), np.tile(digits.labels, copies + 1))
+
+
+def write_folders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The splits as folders of PNG files, a sub-folder for each class; written once."""
+    folders = {}
+    for name, split in load_splits().items():
+        folders[name] = folder / name
+        write_folder(folders[name], split.images, split.labels, [str(d) for d in range(10)])
+    return folders
 
 
 class Conversations:

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from starflow2_jax.data import digits
 from starflow2_jax.data.digits import NUMBERS, STORY_IMAGES, Digits
 from starflow2_jax.data.sequences import Turn
 from starflow2_jax.evaluation.likelihood import paired_difference, score_captions
+from starflow2_jax.evaluation.pictures import grid, plot_losses
 from starflow2_jax.model import Model, Reply, Sampling
 from starflow2_jax.provenance import write_json
 from starflow2_jax.training.metrics import read_metrics
@@ -149,18 +149,6 @@ def _judged(judge: Judge, drawn: list[np.ndarray | None], wanted: np.ndarray) ->
     labels = judge([image for image in drawn if image is not None])
     right[there] = labels == wanted[there]
     return right
-
-
-def grid(images: Sequence[np.ndarray], columns: int, scale: int = 2) -> Image.Image:
-    """Images uint8 [H, W, 1] side by side, `columns` in a row, enlarged."""
-    rows = [
-        np.concatenate(
-            [np.pad(i[..., 0], 1, constant_values=96) for i in images[r : r + columns]], 1
-        )
-        for r in range(0, len(images) - columns + 1, columns)
-    ]
-    sheet = Image.fromarray(np.concatenate(rows, 0))
-    return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
 
 
 def draw_fixed_prompts(model: Model, folder: pathlib.Path, name: str) -> None:
@@ -383,26 +371,6 @@ def _training_record(workdir: pathlib.Path) -> dict[str, Any]:
     return record
 
 
-def _plot_losses(workdir: pathlib.Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = read_metrics(workdir / "metrics.jsonl")
-    panels = [("text_to_image", "loss_image"), ("joint", "loss_image"), ("joint", "loss_text")]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(13, 3.6), layout="constrained")
-    for axis, (stage, name) in zip(axes, panels, strict=True):
-        for key, label in ((name, "training"), (f"held_out_{name}", "held out, EMA")):
-            found = [(r["step"], r[key]) for r in rows if r["stage"] == stage and key in r]
-            if found:
-                axis.plot(*zip(*found, strict=True), label=label, linewidth=1)
-        axis.set(title=f"{stage}: {name}", xlabel="step", ylabel="nats")
-        axis.legend()
-    figure.savefig(workdir / "losses.png", dpi=90)
-    pyplot.close(figure)
-
-
 _TABLE = (
     "bits_per_dim",
     "bits_per_dim_no_caption",
@@ -446,7 +414,10 @@ def write_report(model: Model, config: ReportConfig, workdir: pathlib.Path) -> d
         "frozen_checksum_before": model.bundle.metadata["frozen_checksum_before"],
         "frozen_checksum_after": model.bundle.metadata["frozen_checksum_after"],
     }
-    _plot_losses(workdir)
+    plot_losses(
+        workdir,
+        [("text_to_image", "loss_image"), ("joint", "loss_image"), ("joint", "loss_text")],
+    )
     write_json(workdir / "report.json", report)
     lines = [f"| {name} | {report[name]:.4g} |" for name in _TABLE]
     table = "\n".join(["| measure | value |", "|---|---|", *lines])

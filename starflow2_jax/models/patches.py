@@ -14,6 +14,28 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def image_noise(
+    seed: jax.Array | int, image_seeds: jax.Array, shape: tuple[int, int, int]
+) -> tuple[jax.Array, jax.Array]:
+    """The noise of images, the same in training and evaluation, whatever batch they are in.
+
+    Args:
+        seed: of the run, or of one draw of the dequantisation; scalar.
+        image_seeds: uint32 [B], of each image's record and of its place there.
+        shape: (H, W, channels).
+
+    Returns:
+        U[0, 1) for the dequantisation, and standard normal, both [B, H, W, channels].
+    """
+    base = jax.random.key(seed)
+
+    def draw(image_seed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        uniform, normal = jax.random.split(jax.random.fold_in(base, image_seed))
+        return jax.random.uniform(uniform, shape), jax.random.normal(normal, shape)
+
+    return jax.vmap(draw)(jnp.asarray(image_seeds))
+
+
 def dequantised(images: jax.Array, uniform: jax.Array) -> jax.Array:
     """8-bit values and U[0, 1) noise of their shape -> [-1, 1), uniform inside a grey level."""
     return 2.0 * (images + uniform) / 256.0 - 1.0
@@ -65,6 +87,33 @@ class PatchCodec:
         """
         bits = -log_prob / (math.prod(self.shape) * math.log(2.0))
         return bits + 7.0 + jnp.log2(self.divisors).mean()
+
+
+def noisy_latents(
+    codec: PatchCodec,
+    images: jax.Array,
+    seed: jax.Array | int,
+    image_seeds: jax.Array,
+    noise_std: jax.Array | float = 0.0,
+) -> jax.Array:
+    """Latents of images with their noise, see `image_noise`.
+
+    Args:
+        codec: of the images.
+        images: uint8 [..., H, W, channels].
+        seed: of the run, or of one draw; scalar.
+        image_seeds: uint32 [...], one for each image.
+        noise_std: of the noise on the latents.
+
+    Returns:
+        [..., N, C].
+    """
+    images, leading = jnp.asarray(images), image_seeds.shape
+    flat = images.reshape(-1, *images.shape[len(leading) :])
+    uniform, normal = image_noise(seed, jnp.asarray(image_seeds).reshape(-1), flat.shape[1:])
+    x = codec.encode(flat, uniform)
+    x = x + noise_std * normal.reshape(x.shape)
+    return x.reshape(*leading, *x.shape[1:])
 
 
 def patch_order(height: int, width: int, channels: int, patch: int) -> np.ndarray:

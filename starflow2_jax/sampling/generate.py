@@ -14,7 +14,9 @@ import numpy as np
 
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import Kind, Pretzel, PretzelConfig
+from starflow2_jax.sampling import jacobi as parallel
 from starflow2_jax.sampling import step
+from starflow2_jax.sampling.jacobi import JacobiConfig
 from starflow2_jax.sampling.prompts import Image, Piece, Row, Text, padded
 from starflow2_jax.sampling.state import Mode, RowSettings, SampleState
 
@@ -269,6 +271,7 @@ def stream(
     stop: Stop | None = None,
     context: int | None = None,
     every: int = 1,
+    jacobi: JacobiConfig | None = None,
 ) -> Iterator[Event]:
     """Samples a batch and yields what is new after every few steps.
 
@@ -282,6 +285,7 @@ def stream(
         stop: strings that end a row.
         context: most positions that a row may have; default: as many as its limits allow.
         every: steps between two looks at the rows.
+        jacobi: draw images by Jacobi iteration, see `jacobi.draw`; None: latent after latent.
 
     Yields:
         Events, in order within each row; a row's last one is a `DoneEvent`.
@@ -299,7 +303,10 @@ def stream(
     max_texts, max_images = jax.device_get((settings.max_new_tokens, settings.max_images))
     readers = [_Reader(b, len(row), config, stop) for b, row in enumerate(rows)]
     while not all(reader.done for reader in readers):
-        state = step.advance(model, state, settings, every)
+        if jacobi is None:
+            state = step.advance(model, state, settings, every)
+        else:
+            state = parallel.advance(model, state, settings, every, jacobi)
         mode, length, tokens, kinds, texts, images = jax.device_get(
             (state.mode, state.length, state.tokens, state.kinds, state.texts, state.images)
         )
@@ -335,6 +342,7 @@ def generate(
     stop: Stop | None = None,
     context: int | None = None,
     on_event: Callable[[Event], None] | None = None,
+    jacobi: JacobiConfig | None = None,
 ) -> list[Output]:
     """Samples a batch to its end.
 
@@ -355,6 +363,7 @@ def generate(
         "stop": stop,
         "context": context,
         "every": int(every),
+        "jacobi": jacobi,
     }
     for event in stream(model, rows, settings, **options):
         if on_event is not None:

@@ -253,21 +253,65 @@ class _Choice:
     latent_log_prob: jax.Array
 
 
+def _keys(state: SampleState, settings: RowSettings, ahead: jax.Array | int = 0) -> jax.Array:
+    """The key of each row's next draw, or of the one `ahead` of it: [B]."""
+    return jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(
+        settings.seed, state.draws + ahead
+    )
+
+
+def latent_noise(
+    model: Pretzel, state: SampleState, settings: RowSettings, ahead: jax.Array | int = 0
+) -> jax.Array:
+    """Noise of each row's next latent, or of the one `ahead` of it in its image: [B, C].
+
+    At the row's image temperature; what rows that do not draw get has no meaning.
+    """
+    rows, dtype = state.mode.shape[0], state.u.dtype
+    if settings.noise is None:
+        shape = (model.config.flow.channels,)
+        draw = lambda key: jax.random.normal(key, shape, dtype)
+        z = jax.vmap(draw)(_keys(state, settings, ahead))
+    else:
+        at = settings.noise.at[jnp.arange(rows), state.images, state.drawn + ahead]
+        z = at.get(mode="clip").astype(dtype)
+    return settings.image_temperature[:, None].astype(dtype) * z
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussians:
+    """Of the next latents [B, ..., C]: with guidance, and the conditional ones."""
+
+    mu: jax.Array
+    sigma: jax.Array
+    mu_c: jax.Array
+    sigma_c: jax.Array
+
+
+def latent_gaussians(
+    model: Pretzel, g: jax.Array, settings: RowSettings, guided: bool
+) -> Gaussians:
+    """What the deep stream g [R, ..., Df] says of the latents that follow."""
+    mu, sigma = model.deep.head(g)
+    if not guided:
+        return Gaussians(mu, sigma, mu, sigma)
+    (mu_c, mu_u), (sigma_c, sigma_u) = jnp.split(mu, 2), jnp.split(sigma, 2)
+    weight = settings.guidance.astype(mu.dtype).reshape(-1, *(1,) * (g.ndim - 1))
+    return Gaussians(*guide(mu_c, sigma_c, mu_u, sigma_u, weight), mu_c, sigma_c)
+
+
 def _choose(model: Pretzel, state: SampleState, settings: RowSettings) -> _Choice:
     """What each row adds next, from its last hidden states."""
     special = model.config.special
     (rows,) = state.mode.shape
     writes, draws = state.mode == Mode.WRITE, state.mode == Mode.DRAW
-    keys = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(
-        settings.seed, state.draws
-    )
 
     def write() -> tuple[jax.Array, jax.Array]:
         logits = model.logits(state.y[:rows], state.g[:rows])
         token = choose_token(
             logits,
             allowed_tokens(model, state, settings),
-            keys,
+            _keys(state, settings),
             settings.temperature,
             settings.top_p,
             writes,
@@ -282,24 +326,16 @@ def _choose(model: Pretzel, state: SampleState, settings: RowSettings) -> _Choic
         lambda: (jnp.zeros((rows,), jnp.int32), jnp.zeros((rows,), state.u.dtype)),
     )
 
-    mu, sigma = mu_c, sigma_c = jax.tree.map(lambda a: a[:rows], model.deep.head(state.g))
-    if state.prefix is not None:
-        mu_u, sigma_u = model.deep.head(state.g[rows:])
-        weight = settings.guidance[:, None].astype(mu.dtype)
-        mu, sigma = guide(mu_c, sigma_c, mu_u, sigma_u, weight)
-    if settings.noise is None:
-        z = jax.vmap(lambda key: jax.random.normal(key, mu.shape[1:], mu.dtype))(keys)
-    else:
-        z = settings.noise.at[jnp.arange(rows), state.images, state.drawn].get(mode="clip")
-        z = z.astype(mu.dtype)
-    u = mu + sigma * settings.image_temperature[:, None].astype(mu.dtype) * z
-    density = standard_normal_log_prob((u - mu_c) / sigma_c) - jnp.log(sigma_c)
+    gaussians = latent_gaussians(model, state.g, settings, state.prefix is not None)
+    u = gaussians.mu + gaussians.sigma * latent_noise(model, state, settings)
+    z = (u - gaussians.mu_c) / gaussians.sigma_c
+    density = standard_normal_log_prob(z) - jnp.log(gaussians.sigma_c)
 
     token = jnp.where(writes, text, jnp.where(draws, special.image_pad, special.vision_end))
     kind = jnp.where(state.mode == Mode.DONE, Kind.PAD, jnp.where(draws, Kind.LATENT, Kind.TEXT))
     element = Element(token.astype(jnp.int32), kind.astype(jnp.int32), u)
     latent_log_prob = jnp.where(draws, density.sum(-1), 0.0)
-    return _Choice(element, mu, sigma, text_log_prob, latent_log_prob)
+    return _Choice(element, gaussians.mu, gaussians.sigma, text_log_prob, latent_log_prob)
 
 
 def element_positions(state: SampleState, kind: jax.Array, side: int) -> jax.Array:

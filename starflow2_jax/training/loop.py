@@ -1,7 +1,7 @@
 """A run: the stages one after another, each resumable, then the model's export.
 
 The work directory holds, for each stage, `STAGE/checkpoints/`; `metrics.jsonl`; TensorBoard files;
-samples drawn on the way; and at the end `model/`, see `bundle`.
+samples drawn on the way; and at the end `model/`, see `bundle` and `flow_bundle`.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import resource
 import signal
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -22,50 +22,22 @@ import ml_collections
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from starflow2_jax.bundle import Bundle, save_bundle
-from starflow2_jax.data.pipeline import BatchShape, HostBatch, packed_batches
-from starflow2_jax.data.sequences import ImageShape
-from starflow2_jax.data.tokenizer import Tokenizer
+from starflow2_jax.data.pipeline import HostBatch
 from starflow2_jax.errors import Interrupted, UserError
-from starflow2_jax.models.patches import PatchCodec
-from starflow2_jax.models.pretzel import Pretzel, PretzelConfig
 from starflow2_jax.parallel import mesh as meshes
 from starflow2_jax.parallel import rules
 from starflow2_jax.provenance import git_revision, to_json
 from starflow2_jax.training.checkpoint import Checkpoints, checksum
 from starflow2_jax.training.metrics import MetricsWriter, Progress
-from starflow2_jax.training.stages import PRETRAIN_LM, STAGES, Stage
-from starflow2_jax.training.step import (
-    State,
-    StepConfig,
-    init_state,
-    loss_and_metrics,
-    train_step,
-)
-
-
-class Data(Protocol):
-    """What a config file's `make_data(config)` returns."""
-
-    tokenizer: Tokenizer
-    image: ImageShape
-    codec: PatchCodec
-
-    def documents(self, stage: str, held_out: bool, seed: int) -> grain.IterDataset:
-        """An endless stream of packable documents (see `data.pipeline.features`) for a stage."""
+from starflow2_jax.training.step import State, StepConfig, init_state, train_step
+from starflow2_jax.training.task import Stage, Task
 
 
 class ConfigFile(Protocol):
     """What a config file defines besides `get_config`."""
 
-    def make_data(self, config: ml_collections.ConfigDict) -> Data:
-        """The data of the run."""
-
-    def make_model_config(self, config: ml_collections.ConfigDict, data: Data) -> PretzelConfig:
-        """The model's shape."""
-
-    def draw_samples(self, bundle: Bundle, folder: pathlib.Path, name: str) -> None:
-        """Writes samples of fixed prompts; called while the flow trains."""
+    def make_task(self, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Task:
+        """What is trained; files that it makes for itself go into the work directory."""
 
 
 @dataclasses.dataclass
@@ -73,12 +45,11 @@ class _Run:
     """What all stages of a run share."""
 
     config: ml_collections.ConfigDict
-    module: ConfigFile | types.ModuleType
+    task: Task
     workdir: pathlib.Path
     mesh: Mesh
-    data: Data
-    codec: PatchCodec
-    model: Pretzel
+    constants: Any
+    model: nnx.Module
     metrics: MetricsWriter
     stop: Callable[[], bool]
 
@@ -87,8 +58,8 @@ def run(config: ml_collections.ConfigDict, module: types.ModuleType, workdir: pa
     """Trains all stages of the config, continuing where the work directory stands.
 
     Args:
-        config: `seed`, `mesh`, `stages` (a group for each stage, in the order of `STAGES`),
-            `checkpoint`, `evaluation`; see `configs/digits.py`.
+        config: `seed`, `mesh`, `stages` (a group for each stage of the task), `checkpoint`,
+            `evaluation`; see `configs/digits.py`.
         module: the config file, see `ConfigFile`.
         workdir: of this run.
 
@@ -106,32 +77,38 @@ def run(config: ml_collections.ConfigDict, module: types.ModuleType, workdir: pa
     if (workdir / "model" / "model.json").is_file():
         print(f"{workdir} is finished: all stages are trained")
         return
-    data = module.make_data(config)
-    model_config = module.make_model_config(config, data)
+    task = module.make_task(config, workdir)
     with (
         rules.use(mesh),
         _Interruptible() as stop,
         MetricsWriter(workdir, enabled=jax.process_index() == 0) as metrics,
     ):
-        model = rules.born_sharded(lambda: Pretzel(model_config, rngs=nnx.Rngs(config.seed)), mesh)
-        codec = jax.device_put(data.codec, NamedSharding(mesh, jax.P()))
-        this = _Run(config, module, workdir, mesh, data, codec, model, metrics, stop)
+        model = rules.born_sharded(lambda: task.make_model(config.seed), mesh)
+        constants = jax.device_put(task.constants, NamedSharding(mesh, jax.P()))
+        this = _Run(config, task, workdir, mesh, constants, model, metrics, stop)
         ema = None
         frozen_checksum = ""
-        for stage in STAGES:
+        for stage in task.stages:
             if stage.name in config.stages:
                 ema = _run_stage(this, stage, frozen_checksum)
-            if stage is PRETRAIN_LM:
-                frozen_checksum = checksum(nnx.state(this.model.vlm))
-        after = checksum(nnx.state(this.model.vlm))
+            if not frozen_checksum:
+                frozen_checksum = _frozen_checksum(this)
         metadata = {
             "config": to_json(config),
             "seed": config.seed,
             "git_revision": git_revision(),
-            "frozen_checksum_before": frozen_checksum,
-            "frozen_checksum_after": after,
         }
-        save_bundle(workdir / "model", _bundle(this, ema, metadata))
+        if frozen_checksum:
+            metadata |= {
+                "frozen_checksum_before": frozen_checksum,
+                "frozen_checksum_after": _frozen_checksum(this),
+            }
+        task.save(workdir / "model", ema, metadata)
+
+
+def _frozen_checksum(this: _Run) -> str:
+    frozen = this.task.frozen(this.model)
+    return "" if frozen is None else checksum(frozen)
 
 
 def _claim_devices(count: int | None) -> None:
@@ -166,25 +143,20 @@ def step_config(group: ml_collections.ConfigDict) -> StepConfig:
     return StepConfig(**group.optimizer)
 
 
-def _bundle(this: _Run, model: Pretzel, metadata: Mapping[str, Any]) -> Bundle:
-    return Bundle(model, this.codec, this.data.tokenizer, this.data.image, metadata)
-
-
-def _run_stage(this: _Run, stage: Stage, frozen_checksum: str) -> Pretzel:
+def _run_stage(this: _Run, stage: Stage, frozen_checksum: str) -> nnx.Module:
     """Trains (or finishes, or only loads) one stage; leaves its raw parameters in `this.model`.
 
     Returns:
         The model with the stage's EMA.
     """
-    group = this.config.stages[stage.name]
-    config = step_config(group)
-    seed = this.config.seed + STAGES.index(stage)
+    config = step_config(this.config.stages[stage.name])
+    number = list(this.task.stages).index(stage)
+    seed = this.config.seed + number
     graphdef, trainable, frozen = nnx.split(this.model, stage.trainable, ...)
     make_state = functools.partial(init_state, config=config, seed=seed)
     abstract = rules.abstract(jax.eval_shape(make_state, trainable), this.mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    shape = BatchShape(**group.batch)
-    batches = iter(packed_batches(this.data.documents(stage.name, False, seed), shape))
+    batches = iter(this.task.batches(stage.name, False, seed))
     folder = this.workdir / stage.name / "checkpoints"
     with Checkpoints(folder, this.config.checkpoint.keep_last) as checkpoints:
         latest = checkpoints.latest()
@@ -200,9 +172,8 @@ def _run_stage(this: _Run, stage: Stage, frozen_checksum: str) -> Pretzel:
                     "them, or use another workdir"
                 )
         if latest != config.steps:
-            this.metrics.truncate_after(
-                stage.name, latest or 0, later=[s.name for s in STAGES[STAGES.index(stage) + 1 :]]
-            )
+            later = [s.name for s in this.task.stages[number + 1 :]]
+            this.metrics.truncate_after(stage.name, latest or 0, later=later)
             state = _train(
                 this,
                 stage,
@@ -236,10 +207,11 @@ def _train(
     evaluation = this.config.evaluation
     step_fn = jax.jit(
         train_step,
-        static_argnames=("graphdef", "stage", "config"),
+        static_argnames=("graphdef", "loss", "config"),
         donate_argnames=("state",),
         out_shardings=(shardings, None),
     )
+    loss = stage.loss(config, training=True)
     held_out = _held_out(this, stage, config, graphdef, frozen)
     first = int(state["step"])
     progress = Progress(
@@ -255,18 +227,17 @@ def _train(
     rates_from = None
     for step in range(first + 1, config.steps + 1):
         batch = next(batches)
-        images, tokens = int((batch["image_start"] >= 0).sum()), int((batch["segments"] > 0).sum())
+        here = this.task.counts(batch)
         batch = jax.device_put(batch, rules.batch_shardings(batch, this.mesh))
-        state, metrics = step_fn(graphdef, state, frozen, this.codec, batch, stage, config)
-        progress.update(step, {"loss": metrics["loss"]}, images=images, tokens=tokens)
+        state, metrics = step_fn(graphdef, state, frozen, this.constants, batch, loss, config)
+        progress.update(step, {"loss": metrics["loss"]}, **here)
         if pending is not None:  # the previous step's: logging never waits for the running one
             this.metrics.write(stage.name, *pending)
         pending = (step, metrics) if step % this.config.log_every == 0 else None
         if rates_from is None:
             rates_from = time.monotonic()  # the first step compiles and is in no rate
         else:
-            counts["images"] += images
-            counts["tokens"] += tokens
+            counts = {name: counts[name] + here[name] for name in counts}
         last = step == config.steps
         if last or step % evaluation.every == 0:
             held = held_out(state["ema"])
@@ -274,11 +245,9 @@ def _train(
                 this.metrics.write(stage.name, *pending)
                 pending = None
             this.metrics.write(stage.name, step, held)
-        if stage.image and evaluation.samples and (last or step % evaluation.samples == 0):
+        if stage.draws and evaluation.samples and (last or step % evaluation.samples == 0):
             model = nnx.merge(graphdef, state["ema"], frozen)
-            this.module.draw_samples(
-                _bundle(this, model, {}), this.workdir / "samples", f"{stage.name}_{step:06d}"
-            )
+            this.task.draw(model, this.workdir / "samples", f"{stage.name}_{step:06d}")
         stop = this.stop()
         if last or stop or step % every == 0:
             if pending is not None:  # a run that resumes from here does not write it again
@@ -308,35 +277,22 @@ def _held_out(
     this: _Run, stage: Stage, config: StepConfig, graphdef: nnx.GraphDef, frozen: nnx.State
 ) -> Callable[[nnx.State], dict[str, float]]:
     """The stage's losses on a few fixed held-out batches, without training noise."""
-    group = this.config.stages[stage.name]
-    stream = packed_batches(
-        this.data.documents(stage.name, True, this.config.seed), BatchShape(**group.batch)
-    )
-    iterator: Iterator[HostBatch] = iter(stream)
+    iterator: Iterator[HostBatch] = iter(this.task.batches(stage.name, True, this.config.seed))
     batches: Sequence[HostBatch] = [next(iterator) for _ in range(this.config.evaluation.batches)]
-    weights = stage.weights(config.text_weight, 0.0)
+    loss = stage.loss(config, training=False)
 
     @jax.jit
     def losses(
-        trainable: nnx.State, frozen: nnx.State, codec: PatchCodec, batch: HostBatch
+        trainable: nnx.State, frozen: nnx.State, constants: Any, batch: HostBatch
     ) -> dict[str, jax.Array]:
-        return loss_and_metrics(
-            graphdef,
-            trainable,
-            frozen,
-            codec,
-            batch,
-            jnp.uint32(0),
-            jnp.float32(0.0),
-            stage,
-            weights,
-        )[1]
+        model = nnx.merge(graphdef, trainable, frozen)
+        return loss(model, constants, batch, jnp.uint32(0), jnp.float32(0.0))[1]
 
     def evaluate(trainable: nnx.State) -> dict[str, float]:
         found = []
         for batch in batches:
             placed = jax.device_put(batch, rules.batch_shardings(batch, this.mesh))
-            found.append(losses(trainable, frozen, this.codec, placed))
+            found.append(losses(trainable, frozen, this.constants, placed))
         return {f"held_out_{k}": sum(float(f[k]) for f in found) / len(found) for k in found[0]}
 
     return evaluate

@@ -237,6 +237,7 @@ class Progress:
         stream: TextIO | None = None,
         enabled: bool = True,
         clock: Callable[[], float] = time.monotonic,
+        unit: str = "steps",
     ) -> None:
         """Starts the clock.
 
@@ -248,8 +249,10 @@ class Progress:
             stream: default stdout.
             enabled: False in all but one process of a job.
             clock: seconds.
+            unit: what a step is called.
         """
         self._stage = stage
+        self._unit = unit
         self._total = total
         self._every = every
         self._stream = stream
@@ -287,7 +290,7 @@ class Progress:
         if not first:
             seconds = max(now - self._last_time, 1e-9)
             steps = (step - self._last_step) / seconds
-            words.append(f"{_rate(steps)} steps/s")
+            words.append(f"{_rate(steps)} {self._unit}/s")
             words += [
                 f"{_rate(count / seconds)} {unit}/s"
                 for count, unit in ((self._images, "images"), (self._tokens, "tokens"))

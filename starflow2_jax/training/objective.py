@@ -8,7 +8,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from starflow2_jax.data.pipeline import HostBatch, to_rows
+from starflow2_jax.models.patches import PatchCodec, noisy_latents
 from starflow2_jax.models.pretzel import Likelihood, Parts, Pretzel, Rows
+from starflow2_jax.nn import partition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,3 +85,25 @@ def objective(
         metrics["loss_text"] = text_loss(rows, likelihood)
         total += weights.text * metrics["loss_text"]
     return total, metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class PretzelLoss:
+    """The objective on packed batches, as a `training.step.Loss`; the constants are the codec."""
+
+    parts: Parts
+    weights: ObjectiveConfig
+
+    def __call__(
+        self,
+        model: Pretzel,
+        constants: PatchCodec,
+        batch: HostBatch,
+        seed: jax.Array,
+        noise_std: jax.Array,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See `training.step.Loss`."""
+        x = noisy_latents(constants, batch["images"], seed, batch["image_seeds"], noise_std)
+        x = partition.constrain(x, ("batch", None, None, None))
+        loss, metrics = objective(model, to_rows(batch), x, self.parts, self.weights)
+        return loss, {"loss": loss, **metrics}

@@ -1,4 +1,4 @@
-"""The training stages: what each computes, what it trains, and on which losses.
+"""The Pretzel's training stages: what each computes, what it trains, and on which losses.
 
 STARFlow2, section on training: the VLM never changes after stage 0, which exists only for small
 models that have no pretrained VLM.
@@ -9,7 +9,8 @@ import dataclasses
 from flax import nnx
 
 from starflow2_jax.models.pretzel import Parts
-from starflow2_jax.training.objective import ObjectiveConfig
+from starflow2_jax.training.objective import ObjectiveConfig, PretzelLoss
+from starflow2_jax.training.step import StepConfig
 
 FLOW = ("shallow", "deep")
 COUPLINGS = ("adapter", "skip_vlm", "skip_flow")
@@ -36,13 +37,19 @@ class Stage:
         """Filter of the trained parameters."""
         return nnx.Any(*(_first(part) for part in self.trains))
 
-    def weights(self, text: float, latent_norm: float) -> ObjectiveConfig:
-        """The weights of the losses that this stage has."""
-        return ObjectiveConfig(
+    @property
+    def draws(self) -> bool:
+        """Whether it changes what the model draws."""
+        return self.image
+
+    def loss(self, config: StepConfig, training: bool) -> PretzelLoss:
+        """The losses that this stage has; without the regulariser where none is trained."""
+        weights = ObjectiveConfig(
             image=float(self.image),
-            text=text if self.text else 0.0,
-            latent_norm=latent_norm if self.image else 0.0,
+            text=config.text_weight if self.text else 0.0,
+            latent_norm=config.latent_norm if self.image and training else 0.0,
         )
+        return PretzelLoss(self.parts, weights)
 
 
 def _first(part: str) -> nnx.filterlib.Predicate:

@@ -1,20 +1,42 @@
 """One optimiser step, as a pure function of the state, the frozen parameters and a batch."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from starflow2_jax.data.pipeline import HostBatch, to_rows
-from starflow2_jax.models.patches import PatchCodec
-from starflow2_jax.nn import partition
-from starflow2_jax.training.objective import ObjectiveConfig, objective
-from starflow2_jax.training.stages import Stage
+from starflow2_jax.data.pipeline import HostBatch
+from starflow2_jax.training.schedules import warmup_cosine
 
 State = dict[str, Any]
+
+
+class Loss(Protocol):
+    """What a stage minimises; hashable, so that it is static under jit."""
+
+    def __call__(
+        self,
+        model: Any,
+        constants: Any,
+        batch: HostBatch,
+        seed: jax.Array,
+        noise_std: jax.Array,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss on a batch; its randomness is a function of seed and batch.
+
+        Args:
+            model: whole.
+            constants: arrays that are no parameters: `Task.constants`.
+            batch: of `Task.batches`.
+            seed: uint32 scalar.
+            noise_std: of the noise on the latents, scalar.
+
+        Returns:
+            Scalar, and scalars by name, `loss` among them.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +45,10 @@ class StepConfig:
 
     Attributes:
         steps: optimiser steps of the stage.
-        learning_rate: peak; linear warm-up over `warmup` steps, then cosine to `final_rate` of it.
+        learning_rate: peak; linear warm-up from `first_rate` of it over `warmup` steps, then
+            cosine to `final_rate` of it.
+        clip: of the gradient's global norm; 0: none.
+        ema: decay of the average of the parameters; 0: the parameters themselves.
         noise_start, noise_end: standard deviation of the noise on the latents: the first for
             `noise_hold` of the steps, then geometrically to the second until `noise_share` of them;
             afterwards `noise_final`.
@@ -32,6 +57,7 @@ class StepConfig:
     steps: int
     learning_rate: float
     warmup: int
+    first_rate: float = 0.0
     final_rate: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.95
@@ -48,15 +74,12 @@ class StepConfig:
 
     def optimizer(self) -> optax.GradientTransformation:
         """Clipped AdamW with warm-up and cosine."""
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0,
-            self.learning_rate,
-            self.warmup,
-            self.steps,
-            self.learning_rate * self.final_rate,
+        peak = self.learning_rate
+        schedule = warmup_cosine(
+            self.warmup, self.steps, peak * self.final_rate, peak, peak * self.first_rate
         )
         return optax.chain(
-            optax.clip_by_global_norm(self.clip),
+            optax.clip_by_global_norm(self.clip) if self.clip else optax.identity(),
             optax.adamw(schedule, b1=self.beta1, b2=self.beta2, weight_decay=self.weight_decay),
         )
 
@@ -72,28 +95,6 @@ class StepConfig:
         return jnp.where(done < self.noise_share, annealed, self.noise_final).astype(jnp.float32)
 
 
-def noisy_latents(
-    codec: PatchCodec, batch: HostBatch, seed: jax.Array, noise_std: jax.Array
-) -> jax.Array:
-    """Dequantised, noised latents [B, I, N, C]; each image's noise depends on its own seed only."""
-    images, seeds = batch["images"], batch["image_seeds"]
-    b, i = seeds.shape
-    base = jax.random.key(seed)
-
-    def draw(image_seed: jax.Array) -> tuple[jax.Array, jax.Array]:
-        key = jax.random.fold_in(base, image_seed)
-        uniform_key, normal_key = jax.random.split(key)
-        shape = images.shape[2:]
-        dims = shape[0] * shape[1] * shape[2]
-        return jax.random.uniform(uniform_key, shape), jax.random.normal(normal_key, (dims,))
-
-    uniform, normal = jax.vmap(draw)(jnp.asarray(seeds).reshape(-1))
-    x = codec.encode(jnp.asarray(images).reshape(b * i, *images.shape[2:]), uniform)
-    x = x + noise_std * normal.reshape(x.shape)
-    x = x.reshape(b, i, *x.shape[1:])
-    return partition.constrain(x, ("batch", None, None, None))
-
-
 def init_state(trainable: nnx.State, config: StepConfig, seed: int) -> State:
     """The state before the first step: step, trainable, optimiser state, EMA, seed."""
     return {
@@ -105,47 +106,27 @@ def init_state(trainable: nnx.State, config: StepConfig, seed: int) -> State:
     }
 
 
-def loss_and_metrics(
-    graphdef: nnx.GraphDef,
-    trainable: nnx.State,
-    frozen: nnx.State,
-    codec: PatchCodec,
-    batch: HostBatch,
-    seed: jax.Array,
-    noise_std: jax.Array,
-    stage: Stage,
-    weights: ObjectiveConfig,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The stage's loss on a batch; its noise is a function of seed and batch."""
-    model = nnx.merge(graphdef, trainable, frozen)
-    x = noisy_latents(codec, batch, seed, noise_std)
-    loss, metrics = objective(model, to_rows(batch), x, stage.parts, weights)
-    return loss, {"loss": loss, **metrics}
-
-
 def train_step(
     graphdef: nnx.GraphDef,
     state: State,
     frozen: nnx.State,
-    codec: PatchCodec,
+    constants: Any,
     batch: HostBatch,
-    stage: Stage,
+    loss: Loss,
     config: StepConfig,
 ) -> tuple[State, dict[str, jax.Array]]:
-    """One step. Jit it with `stage`, `config` and `graphdef` static and only `state` donated.
+    """One step. Jit it with `loss`, `config` and `graphdef` static and only `state` donated.
 
     Returns:
         The next state; scalars `loss`, its terms (nats), `grad_norm`, `noise_std`.
     """
     noise_std = config.noise_std(state["step"])
-    weights = stage.weights(config.text_weight, config.latent_norm)
 
-    def loss(trainable: nnx.State) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return loss_and_metrics(
-            graphdef, trainable, frozen, codec, batch, state["seed"], noise_std, stage, weights
-        )
+    def of_trainable(trainable: nnx.State) -> tuple[jax.Array, dict[str, jax.Array]]:
+        model = nnx.merge(graphdef, trainable, frozen)
+        return loss(model, constants, batch, state["seed"], noise_std)
 
-    gradients, metrics = jax.grad(loss, has_aux=True)(state["trainable"])
+    gradients, metrics = jax.grad(of_trainable, has_aux=True)(state["trainable"])
     updates, opt_state = config.optimizer().update(
         gradients, state["opt_state"], state["trainable"]
     )

@@ -1,0 +1,247 @@
+"""A folder of images as data: the class of an image is the name of its sub-folder.
+
+As torchvision's ImageFolder has it; a folder without sub-folders holds images without classes.
+Letters: B images, H = W = size.
+"""
+
+import dataclasses
+import os
+import pathlib
+import sys
+import threading
+from collections.abc import Callable, Sequence
+
+import grain
+import numpy as np
+from PIL import Image
+
+from starflow2_jax.data.pipeline import HostBatch
+from starflow2_jax.errors import UserError
+
+SUFFIXES = (
+    ".bmp",
+    ".jpeg",
+    ".jpg",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
+NO_CLASS = -1
+
+Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+"""uint8 [H, W, channels] and randomness -> an image of the same shape."""
+
+
+def read_image(path: pathlib.Path, size: int, channels: int) -> np.ndarray:
+    """An image file as uint8 [size, size, channels].
+
+    The largest square in its middle, resized (bilinear, antialiased) where it is not of the size
+    already: what resizing the shorter side and cropping the middle gives.
+
+    Args:
+        path: of the file.
+        size: side of the result.
+        channels: 1 (grey) or 3 (red, green, blue).
+
+    Raises:
+        UserError: it cannot be read, or has more than 8 bits per channel.
+    """
+    try:
+        with Image.open(path) as file:
+            if file.mode.startswith(("I", "F")):
+                raise UserError(f"{path} is of mode {file.mode}; expected 8 bits per channel")
+            picture = file.convert("L" if channels == 1 else "RGB")
+    # Pillow raises these, by the kind of damage.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is not a readable image: {reason}") from error
+    side = min(picture.size)
+    if picture.size != (size, size):
+        left, top = ((edge - side) / 2 for edge in picture.size)
+        box = (left, top, left + side, top + side)
+        picture = picture.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(picture).reshape(size, size, channels)
+
+
+def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The image, or its mirror image."""
+    return image[:, ::-1] if rng.random() < 0.5 else image
+
+
+class _Unreadable:
+    """The files that could not be read; each is named once."""
+
+    def __init__(self) -> None:
+        self.files: set[str] = set()
+        self._lock = threading.Lock()
+
+    def add(self, file: str, error: UserError) -> None:
+        with self._lock:
+            if file not in self.files:
+                self.files.add(file)
+                print(f"starflow2: note: left out: {error}", file=sys.stderr, flush=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFolder:
+    """The images of a folder, in the order of their names.
+
+    Attributes:
+        root: the folder.
+        files: paths below it.
+        labels: int32 [n], index into `classes`; `NO_CLASS` where there are none.
+        classes: names.
+        size, channels: what the images are made to be.
+    """
+
+    root: pathlib.Path
+    files: tuple[str, ...]
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    size: int
+    channels: int
+    unreadable: _Unreadable = dataclasses.field(default_factory=_Unreadable, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> np.ndarray:
+        """Image `index`, uint8 [size, size, channels].
+
+        Raises:
+            UserError: see `read_image`.
+        """
+        return read_image(self.root / self.files[index], self.size, self.channels)
+
+    def training_batches(
+        self, rows: int, seed: int, augment: Augment | None = None
+    ) -> grain.IterDataset:
+        """An endless stream of shuffled batches; batch i depends on seed, rows and i alone.
+
+        A file that cannot be read is left out, named once on stderr, and counted in `unreadable`.
+
+        Args:
+            rows: B.
+            seed: of the order, of what is random in `augment`, and of the images' noise.
+            augment: applied to each image, or None.
+
+        Returns:
+            Batches of `images` uint8 [B, H, W, channels], `labels` int32 [B], `image_seeds` uint32
+            [B].
+        """
+
+        def load(index: int, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
+            try:
+                image = self.read(index)
+            except UserError as error:
+                self.unreadable.add(self.files[index], error)
+                if len(self.unreadable.files) == len(self):
+                    raise UserError(f"none of the images in {self.root} is readable") from error
+                return None
+            return {
+                "images": image if augment is None else augment(image, rng),
+                "labels": self.labels[index],
+                "image_seeds": rng.integers(0, 2**32, dtype=np.uint32),
+            }
+
+        order = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
+        images = order.random_map(load).to_iter_dataset(
+            grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
+        )
+        batches = images.batch(rows, drop_remainder=True)
+        return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=4)
+
+    def batch(self, indices: Sequence[int]) -> HostBatch:
+        """These images as they are; an image's noise seed is its index.
+
+        Raises:
+            UserError: see `read_image`.
+        """
+        return {
+            "images": np.stack([self.read(int(i)) for i in indices]),
+            "labels": self.labels[np.asarray(indices)],
+            "image_seeds": np.asarray(indices, np.uint32),
+        }
+
+
+def _below(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The image files in a folder and its sub-folders, hidden ones left out."""
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [
+            pathlib.Path(parent, name)
+            for name in sorted(files)
+            if not name.startswith(".") and name.lower().endswith(SUFFIXES)
+        ]
+    return found
+
+
+def open_folder(
+    folder: str | os.PathLike[str],
+    size: int,
+    channels: int,
+    classes: Sequence[str] | None = None,
+) -> ImageFolder:
+    """Finds the images of a folder; reads none.
+
+    Args:
+        folder: with a sub-folder for each class, or with images only.
+        size, channels: what the images are made to be.
+        classes: those that a model knows, in its order; default: the sub-folders, sorted.
+
+    Raises:
+        UserError: no such folder, no images, a class without images or that the model does not
+            know, or both images and sub-folders at the top.
+    """
+    root = pathlib.Path(folder).expanduser().absolute()
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}; expected one with a sub-folder for each class")
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    by_class = {name: _below(root / name) for name in names}
+    loose = [path for path in _below(root) if path.parent == root]
+    if names and loose:
+        raise UserError(
+            f"{root} has sub-folders and images ({loose[0].name}, ...) beside them; expected every "
+            "image in the sub-folder of its class, or no sub-folders"
+        )
+    empty = [name for name in names if not by_class[name]]
+    if empty or not (names or loose):
+        where = f"{root / empty[0]}" if empty else f"{root}"
+        raise UserError(f"{where} holds no image files ({', '.join(SUFFIXES)})")
+    known = tuple(names if classes is None else classes)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        shown = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
+        raise UserError(f"{root / unknown[0]} is of no class of the model; it has {shown}")
+    paths, labels = loose, [NO_CLASS] * len(loose)
+    for name in names:
+        paths = paths + by_class[name]
+        labels += [known.index(name)] * len(by_class[name])
+    files = tuple(path.relative_to(root).as_posix() for path in paths)
+    return ImageFolder(root, files, np.asarray(labels, np.int32), known, size, channels)
+
+
+def write_folder(
+    folder: pathlib.Path, images: np.ndarray, labels: np.ndarray, classes: Sequence[str]
+) -> None:
+    """Writes images as PNG files, a sub-folder for each class; what is there already stays.
+
+    Args:
+        folder: to make.
+        images: uint8 [n, H, W, channels].
+        labels: [n], index into `classes`.
+        classes: names of the sub-folders.
+    """
+    if folder.is_dir():
+        return
+    fresh = folder.with_name(f".{folder.name}.new")
+    for name in classes:
+        (fresh / name).mkdir(parents=True, exist_ok=True)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+        picture.save(fresh / classes[label] / f"{i:06d}.png")
+    fresh.rename(folder)

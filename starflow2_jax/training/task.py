@@ -1,0 +1,60 @@
+"""What a run trains, as far as the loop must know: one implementation for each kind of model."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import grain
+from flax import nnx
+
+from starflow2_jax.data.pipeline import HostBatch
+from starflow2_jax.training.step import Loss, StepConfig
+
+
+class Stage(Protocol):
+    """One stage of a run."""
+
+    @property
+    def name(self) -> str:
+        """Of its group in the config, of its folder, and of its rows of metrics."""
+
+    @property
+    def trainable(self) -> nnx.filterlib.Filter:
+        """Filter of the trained parameters."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether it changes what the model draws."""
+
+    def loss(self, config: StepConfig, training: bool) -> Loss:
+        """What the stage minimises; or, not `training`, what is measured on held-out data."""
+
+
+class Task(Protocol):
+    """A model, its stages, and their data."""
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """All there are, in order; a run has those that its config names."""
+
+    @property
+    def constants(self) -> Any:
+        """Arrays that the losses need and that are no parameters, as one pytree."""
+
+    def make_model(self, seed: int) -> nnx.Module:
+        """A fresh model; traced, so that it can be born sharded."""
+
+    def batches(self, stage: str, held_out: bool, seed: int) -> grain.IterDataset:
+        """An endless stream of a stage's batches."""
+
+    def counts(self, batch: HostBatch) -> dict[str, int]:
+        """How many images and tokens a batch has: `images`, `tokens`."""
+
+    def frozen(self, model: Any) -> nnx.State | None:
+        """What no stage but the first may change; None: there is nothing of the kind."""
+
+    def draw(self, model: Any, folder: pathlib.Path, name: str) -> None:
+        """Writes fixed samples into a folder, while the model trains."""
+
+    def save(self, folder: pathlib.Path, model: Any, metadata: Mapping[str, Any]) -> None:
+        """Writes the model's directory."""
