@@ -309,6 +309,7 @@ class BatchIterator(grain.DatasetIterator):
         self._rows = slice(rows.start - above, rows.stop - above)
         self._states: dict[int, Any] = {}
         self._counts: dict[int, dict[str, SourceCounts]] = {}
+        self._named: set[tuple[str, str]] = set()
         self._source: grain.DatasetIterator | None = None
 
     def _start(self) -> grain.DatasetIterator:
@@ -327,12 +328,18 @@ class BatchIterator(grain.DatasetIterator):
     def __next__(self) -> Any:
         if self._source is None:
             self._source = self._start()
-        batch, reports = next(self._source)
+        try:
+            batch, reports = next(self._source)
+        except UserError as error:
+            # Grain writes about its own frames into the message, below it.
+            raise UserError(str(error).splitlines()[0]) from error
         for report in reports:
             self._states |= report.states
             self._counts |= report.counts
             for source, record, why in report.skipped:
-                LOG.warning("skipped a record of %s: %s: %s", source, record, why)
+                if (source, record) not in self._named:  # once, not in every epoch
+                    self._named.add((source, record))
+                    LOG.warning("skipped a record of %s: %s: %s", source, record, why)
         self._check()
         return batch
 

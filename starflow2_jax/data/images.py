@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from starflow2_jax.data.sequences import ImageShape
 
@@ -24,7 +24,11 @@ def decode(data: bytes, shape: ImageShape) -> np.ndarray:
         Exception: what Pillow raises on damaged data: OSError (a truncated file among them),
             ValueError, SyntaxError, DecompressionBombError.
     """
-    with Image.open(io.BytesIO(data)) as image:
+    try:
+        opened = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:  # its message names an object in memory
+        raise ValueError(f"{len(data)} bytes that are no image of a known format") from None
+    with opened as image:
         target = (shape.width, shape.height)
         # A JPEG can be decoded at a half, a quarter or an eighth of its size: never below twice
         # the target, so that the resize still does the filtering. (Sides may be swapped by EXIF.)

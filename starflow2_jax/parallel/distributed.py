@@ -1,0 +1,44 @@
+"""Jobs of several processes: each runs the same program on its own devices."""
+
+import os
+
+import jax
+
+from starflow2_jax.errors import UserError
+
+SWITCH = "STARFLOW2_DISTRIBUTED"
+"""Environment variable that the launchers set to 1 in every process of a job."""
+
+_HEARTBEAT_SECONDS = 50
+"""Silence after which a process counts as dead, and ends all others."""
+
+_FAREWELL_SECONDS = 24 * 3600
+"""How long the processes wait for each other at the end: one may have more to write."""
+
+
+def join_job() -> None:
+    """Joins the other processes of the job, where a launcher says that this process has some.
+
+    To be called before any device is looked at. The address comes from the environment: from
+    `JAX_COORDINATOR_ADDRESS` with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, or from what JAX itself
+    knows of Slurm, Cloud TPU, Kubernetes and Open MPI.
+
+    Raises:
+        UserError: there is no such environment, or the others do not come.
+    """
+    if os.environ.get(SWITCH) != "1" or jax.distributed.is_initialized():
+        return
+    count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    try:
+        jax.distributed.initialize(
+            num_processes=None if count is None else int(count),
+            process_id=None if index is None else int(index),
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_FAREWELL_SECONDS,
+        )
+    except (ValueError, RuntimeError) as error:
+        line = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"cannot join the job ({line}); {SWITCH}=1 is for processes that a launcher of launch/ "
+            "or srun starts: unset it to run alone"
+        ) from error
