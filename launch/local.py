@@ -3,8 +3,8 @@
 
     python launch/local.py --processes 2 --devices-per-process 4 -- train --config C --workdir DIR
 
-It is a job as on a cluster, in small. When one process fails, the others are ended; SIGINT and SIGTERM
-go to all of them, a second one kills them.
+It is a job as on a cluster, in small. When one process fails, the others are ended; SIGINT and
+SIGTERM go to all of them, a second one kills them.
 """
 
 import argparse
@@ -35,7 +35,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and end")
     parser.add_argument(
-        "command", nargs="+", help="a starflow2 command line, behind --; `starflow2` may be left out"
+        "command",
+        nargs="+",
+        help="a starflow2 command line, behind --; the word starflow2 may be left out",
     )
     args = parser.parse_args(argv)
     if args.processes < 1 or args.devices_per_process < 1:

@@ -25,6 +25,7 @@ from starflow2_jax.data.sequences import Document, Turn, encode_turns, unconditi
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.patches import PatchCodec
 from starflow2_jax.models.pretzel import Pretzel
+from starflow2_jax.parallel.distributed import fetch
 from starflow2_jax.sampling import display, generate
 from starflow2_jax.sampling.generate import Output
 from starflow2_jax.sampling.prompts import Image, Row
@@ -234,14 +235,14 @@ class Model:
         count = len(u)
         padded = np.resize(u, (generate.bucket(count, 4), *u.shape[1:]))
         x = display.to_x(self.pretzel, jnp.asarray(padded))
-        return np.asarray(self.bundle.codec.to_uint8(x))[:count]
+        return fetch(self.bundle.codec.to_uint8(x))[:count]
 
     def latents(self, images: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
         """Images uint8 [B, H, W, channels], dequantised by their seeds, -> u [B, N, C]."""
         count = generate.bucket(len(images), 4)
         padded = np.resize(images, (count, *images.shape[1:]))
         numbers = np.resize(np.asarray(seeds, np.uint32), count)
-        return np.asarray(_latents(self.pretzel, self.bundle.codec, padded, numbers))[: len(images)]
+        return fetch(_latents(self.pretzel, self.bundle.codec, padded, numbers))[: len(images)]
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens).strip(" ")

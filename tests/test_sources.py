@@ -23,7 +23,7 @@ from source_files import (
     write_tar,
 )
 
-from starflow2_jax.data import images
+from starflow2_jax.data import decoding
 from starflow2_jax.data.sequences import ImageShape
 from starflow2_jax.data.sources import (
     ArrayRecordSource,
@@ -204,18 +204,18 @@ def test_images_are_covered_and_cropped_in_the_middle():
     for third in range(3):
         pixels[:, 30 * third : 30 * third + 30, third] = 255
     for turned in (pixels, pixels.transpose(1, 0, 2)):
-        out = images.decode(encoded(Image.fromarray(turned)), SHAPE)
+        out = decoding.decode(encoded(Image.fromarray(turned)), SHAPE)
         assert out.shape == (SIDE, SIDE, 3) and out.dtype == np.uint8
         assert (out[4:-4, 4:-4] == (0, 255, 0)).all()
     # Half of the width of a wide target: all of the height is cropped to a third.
-    wide = images.decode(encoded(Image.fromarray(pixels)), ImageShape(8, 24, 3, 2))
+    wide = decoding.decode(encoded(Image.fromarray(pixels)), ImageShape(8, 24, 3, 2))
     assert (wide[:, 2] == (255, 0, 0)).all() and (wide[:, -3] == (0, 0, 255)).all()
 
 
 def test_aspect_is_kept():
     y, x = np.mgrid[:120, :200]
     disc = ((y - 60) ** 2 + (x - 100) ** 2 < 50**2).astype(np.uint8) * 255
-    out = images.decode(encoded(Image.fromarray(disc)), ImageShape(48, 48, 1, 2))[..., 0] > 127
+    out = decoding.decode(encoded(Image.fromarray(disc)), ImageShape(48, 48, 1, 2))[..., 0] > 127
     height, width = (np.ptp(np.flatnonzero(out.any(axis))) + 1 for axis in (1, 0))
     assert height == width == 40
 
@@ -226,17 +226,17 @@ def test_orientation_transparency_and_large_jpegs():
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     lying = Image.fromarray(np.rot90(upright))
-    out = images.decode(encoded(lying, exif=exif), ImageShape(20, 20, 3, 2))
+    out = decoding.decode(encoded(lying, exif=exif), ImageShape(20, 20, 3, 2))
     np.testing.assert_array_equal(out, upright)
     clear = Image.new("RGBA", (20, 20), (255, 0, 0, 0))
-    assert (images.decode(encoded(clear), SHAPE) == 255).all()
-    grey = images.decode(encoded(Image.new("RGB", (9, 9), (90, 90, 90))), ImageShape(8, 8, 1, 2))
+    assert (decoding.decode(encoded(clear), SHAPE) == 255).all()
+    grey = decoding.decode(encoded(Image.new("RGB", (9, 9), (90, 90, 90))), ImageShape(8, 8, 1, 2))
     assert grey.shape == (8, 8, 1) and (grey == 90).all()
     y, x = np.mgrid[:1000, :1500]
     smooth = np.stack([x * 255 // 1499, y * 255 // 999, x * 0 + 128], -1).astype(np.uint8)
     large = Image.fromarray(smooth)
-    jpeg = images.decode(encoded(large, format="JPEG", quality=95), SHAPE)
-    exact = images.decode(encoded(large), SHAPE)
+    jpeg = decoding.decode(encoded(large, format="JPEG", quality=95), SHAPE)
+    exact = decoding.decode(encoded(large), SHAPE)
     assert np.abs(jpeg.astype(int) - exact.astype(int)).max() <= 4
 
 
@@ -244,11 +244,11 @@ def test_broken_images_raise():
     good = encoded(Image.new("RGB", (64, 64), colour(3)), format="JPEG")
     for broken in (good[: len(good) // 2], b"", b"<html>not found</html>", png(1)[:50]):
         with pytest.raises((OSError, ValueError, SyntaxError)):
-            images.decode(broken, SHAPE)
+            decoding.decode(broken, SHAPE)
 
 
 def decode(data):
-    return images.decode(data, SHAPE)
+    return decoding.decode(data, SHAPE)
 
 
 RNG = np.random.default_rng(0)

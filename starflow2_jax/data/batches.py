@@ -17,6 +17,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from starflow2_jax.data.packing import BatchShape, HostBatch, fits, packed
 from starflow2_jax.errors import UserError
@@ -317,6 +318,8 @@ class BatchIterator(grain.DatasetIterator):
         workers = min(self._documents.workers, len(self._lanes))
         stream: grain.IterDataset = lanes
         if workers:
+            if not flags.FLAGS.is_parsed():  # Grain hands its flags on, and nobody else reads any
+                flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
             stream = lanes.mp_prefetch(options)
         joined = _Joined(stream, max(workers, 1), self._rows, self._place)
@@ -328,11 +331,7 @@ class BatchIterator(grain.DatasetIterator):
     def __next__(self) -> Any:
         if self._source is None:
             self._source = self._start()
-        try:
-            batch, reports = next(self._source)
-        except UserError as error:
-            # Grain writes about its own frames into the message, below it.
-            raise UserError(str(error).splitlines()[0]) from error
+        batch, reports = next(self._source)
         for report in reports:
             self._states |= report.states
             self._counts |= report.counts

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import grain
 import numpy as np
 
-from starflow2_jax.data import images
 from starflow2_jax.data.batches import Documents
+from starflow2_jax.data.decoding import decode
 from starflow2_jax.data.packing import features
 from starflow2_jax.data.sequences import ImageShape, Turn, encode_turns
 from starflow2_jax.data.sources.record import RecordError, Source
@@ -109,9 +109,9 @@ class _Reader:
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, object]:
         source = self._entry.source
         origin = {"source": self._name, "record": source.name(index)}
-        decode = functools.partial(images.decode, shape=self._shape)
+        pixels = functools.partial(decode, shape=self._shape)
         try:
-            turns = self._entry.task.turns(source[index], decode, rng)
+            turns = self._entry.task.turns(source[index], pixels, rng)
         # Whatever the readers of other people's files raise on damaged ones. A bug ends here too,
         # and then stops the run, with its name, as too many corrupt records.
         except Exception as error:
@@ -155,10 +155,10 @@ def first_images(entry: Entry, shape: ImageShape, count: int) -> np.ndarray:
     """
     rng = np.random.default_rng(0)
     found: list[np.ndarray] = []
-    decode = functools.partial(images.decode, shape=shape)
+    pixels = functools.partial(decode, shape=shape)
     for index in range(entry.held_out, len(entry.source)):
         try:
-            turns = entry.task.turns(entry.source[index], decode, rng)
+            turns = entry.task.turns(entry.source[index], pixels, rng)
         except Exception:  # corrupt records are counted and named when they are trained on
             continue
         parts = [part for turn in turns for part in turn.parts]

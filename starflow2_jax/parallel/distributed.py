@@ -1,8 +1,11 @@
 """Jobs of several processes: each runs the same program on its own devices."""
 
 import os
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from starflow2_jax.errors import UserError
 
@@ -42,3 +45,19 @@ def join_job() -> None:
             f"cannot join the job ({line}); {SWITCH}=1 is for processes that a launcher of launch/ "
             "or srun starts: unset it to run alone"
         ) from error
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays as numpy arrays, whole in every process of the job; all of them make the call.
+
+    Args:
+        tree: pytree of arrays; those of which other processes hold parts are gathered.
+    """
+
+    def one(leaf: Any) -> np.ndarray:
+        local = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+        if local or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+    return jax.tree.map(one, tree)

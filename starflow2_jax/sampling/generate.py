@@ -14,6 +14,7 @@ import numpy as np
 
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import Kind, Pretzel, PretzelConfig
+from starflow2_jax.parallel.distributed import fetch
 from starflow2_jax.sampling import step
 from starflow2_jax.sampling.prompts import Image, Piece, Row, Text, padded
 from starflow2_jax.sampling.state import Mode, RowSettings, SampleState
@@ -300,14 +301,14 @@ def stream(
     readers = [_Reader(b, len(row), config, stop) for b, row in enumerate(rows)]
     while not all(reader.done for reader in readers):
         state = step.advance(model, state, settings, every)
-        mode, length, tokens, kinds, texts, images = jax.device_get(
+        mode, length, tokens, kinds, texts, images = fetch(
             (state.mode, state.length, state.tokens, state.kinds, state.texts, state.images)
         )
         fetched: list[np.ndarray] = []
 
         def u(state: SampleState = state, fetched: list[np.ndarray] = fetched) -> np.ndarray:
             if not fetched:
-                fetched.append(np.asarray(state.u))
+                fetched.append(fetch(state.u))
             return fetched[0]
 
         for b, reader in enumerate(readers):
