@@ -3,8 +3,8 @@
 
     python launch/local.py --processes 2 --devices-per-process 4 -- train --config C --workdir DIR
 
-It is a job as on a cluster, in small. When one process fails, the others are ended; SIGINT and
-SIGTERM go to all of them, a second one kills them.
+It is a job as on a cluster, in small. When one process fails, the others are ended. SIGINT and
+SIGTERM ask all of them to end, a second one kills them.
 """
 
 import argparse
@@ -109,10 +109,10 @@ class Job:
                 self.relays.append(thread)
 
     def pass_on(self, number: int, frame: types.FrameType | None) -> None:
-        """Handles SIGINT and SIGTERM."""
-        del frame
+        """Handles SIGINT and SIGTERM; the processes agree on where to stop after SIGTERM only."""
+        del number, frame
         self.signals += 1
-        self.send(number if self.signals == 1 else signal.SIGKILL)
+        self.send(signal.SIGTERM if self.signals == 1 else signal.SIGKILL)
 
     def send(self, number: int) -> None:
         """Sends a signal to all processes that still run."""

@@ -12,9 +12,10 @@ import pytest
 from source_files import make_webdataset
 
 PROGRAM = """
-    import json
     import os
+    import signal
     import sys
+    import time
     from pathlib import Path
 
     import jax
@@ -25,7 +26,7 @@ PROGRAM = """
         os.environ["JAX_COORDINATOR_ADDRESS"] = f"localhost:{port}"
         os.environ["JAX_NUM_PROCESSES"], os.environ["JAX_PROCESS_ID"] = "2", str(index)
 
-    from starflow2_jax.parallel.distributed import fetch, join_job
+    from starflow2_jax.parallel.distributed import fetch, join_job, preempted
 
     join_job()
     assert jax.process_count() == (1 if port == "0" else 2)
@@ -68,20 +69,32 @@ PROGRAM = """
         latest = checkpoints.latest()
         if latest is not None:
             checkpoints.restore(latest, state, iterator)
-        for _ in range(3):
+        for _ in range(int(sys.argv[5])):
             batch = next(iterator)
             assert batch["tokens"].shape == (8, 96)
             seen.append(fetch(batch))
-        if latest is None and port != "0":
+        if port != "0" and latest is None:
             checkpoints.save(3, state, iterator)
     iterator.close()
+
+    # SIGTERM to one process: all of them end behind the same step.
+    for step in range(200):
+        if step == 5 and index == 0 and port != "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if preempted(step):
+            print("asked to end at", step)
+            break
+        time.sleep(0.05)
+    else:
+        print("never asked")
+
     if index == 0:
         flat = {f"{i}.{name}": value for i, one in enumerate(seen) for name, value in one.items()}
         np.savez(folder / f"{sys.argv[4]}.npz", **flat)
 """
 
 
-def run(folder, name, count):
+def run(folder, name, count, batches=3):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1] if count > 1 else 0
@@ -89,7 +102,7 @@ def run(folder, name, count):
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM)]
     processes = [
         subprocess.Popen(
-            [*command, str(index), str(port), str(folder), name],
+            [*command, str(index), str(port), str(folder), name, str(batches)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -104,6 +117,8 @@ def run(folder, name, count):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0] * count, "\n".join(outputs)
+    ends = {line for out in outputs for line in out.splitlines() if "asked" in line}
+    assert len(ends) == 1 and ("never asked" in ends) == (count == 1)
     return np.load(folder / f"{name}.npz")
 
 
@@ -111,13 +126,11 @@ def run(folder, name, count):
 @pytest.mark.distributed
 def test_two_processes_read_what_one_reads_and_one_goes_on(tmp_path):
     make_webdataset(tmp_path, 24)
-    alone = run(tmp_path, "alone", 1)
+    alone = run(tmp_path, "alone", 1, batches=6)
     together = run(tmp_path, "together", 2)
-    assert alone.files == together.files
-    for name in alone.files:
-        np.testing.assert_array_equal(together[name], alone[name])
-    # One process goes on from what two have saved, two from that as well, with the same batches.
+    # They have saved; one process goes on from there, and two do.
     resumed, both = run(tmp_path, "resumed", 1), run(tmp_path, "both", 2)
-    for name in resumed.files:
-        np.testing.assert_array_equal(both[name], resumed[name])
-    assert not np.array_equal(resumed["0.tokens"], alone["0.tokens"])
+    for first, found in ((0, together), (3, resumed), (3, both)):
+        for name in found.files:
+            number, _, field = name.partition(".")
+            np.testing.assert_array_equal(found[name], alone[f"{int(number) + first}.{field}"])

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from source_files import make_webdataset
 
 from starflow2_jax.parallel import distributed
 from starflow2_jax.training.checkpoint import checksum, load_tree
@@ -133,6 +134,13 @@ def test_a_job_without_a_launcher(monkeypatch):
     assert not distributed.jax.distributed.is_initialized()
 
 
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    make_webdataset(folder, 24)
+    return f"--config.shards={folder}/*.tar"
+
+
 def job(workdir, *words, processes=2, devices=1):
     options = ["-n", str(processes), "--devices-per-process", str(devices)]
     command = ["train", "--config", HERE / "launch_config.py", "--workdir", workdir, *words]
@@ -147,11 +155,11 @@ def job(workdir, *words, processes=2, devices=1):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_train_as_one(tmp_path):
+def test_two_processes_train_as_one(tmp_path, shards):
     runs = {}
     for processes, devices in ((2, 1), (1, 2)):
         folder = tmp_path / str(processes)
-        done = job(folder, processes=processes, devices=devices)
+        done = job(folder, shards, processes=processes, devices=devices)
         assert done.returncode == 0, done.stderr
         rows = read_metrics(folder / "metrics.jsonl")
         losses = [row["loss"] for row in rows if "loss" in row]
@@ -171,9 +179,9 @@ def test_two_processes_train_as_one(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_killed_process_ends_the_job(tmp_path):
+def test_a_killed_process_ends_the_job(tmp_path, shards):
     began = time.monotonic()
-    done = job(tmp_path, "--config.die=True")
+    done = job(tmp_path, shards, "--config.die=True")
     assert done.returncode == 128 + 9
     assert "launch: process 1 of 2 was killed by SIGKILL; ending the others" in done.stderr
     assert time.monotonic() - began < 300

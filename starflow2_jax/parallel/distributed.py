@@ -47,6 +47,19 @@ def join_job() -> None:
         ) from error
 
 
+def preempted(step: int) -> bool:
+    """Whether the job is to save and end: SIGTERM has reached one of its processes.
+
+    JAX catches the signal from `join_job` on, unless another handler is installed after it. All
+    processes get the same answer at the same step, which may be a few steps after the signal. A
+    process that is alone is never told.
+
+    Args:
+        step: rising from call to call, the same in all processes.
+    """
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
 def fetch(tree: Any) -> Any:
     """Arrays as numpy arrays, whole in every process of the job; all of them make the call.
 
