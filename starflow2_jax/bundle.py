@@ -22,6 +22,7 @@ from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.patches import PatchCodec
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, SpecialTokens
 from starflow2_jax.models.qwen2_5_vl import LanguageModelConfig
+from starflow2_jax.parallel.distributed import fetch
 from starflow2_jax.provenance import write_json
 from starflow2_jax.training.checkpoint import load_tree, save_tree
 
@@ -62,7 +63,7 @@ def save_bundle(folder: pathlib.Path, bundle: Bundle) -> None:
     bundle.tokenizer.save(folder / "tokenizer")
     tree = {
         "model": nnx.to_pure_dict(nnx.state(bundle.model)),
-        "codec": _codec_arrays(bundle.codec),
+        "codec": fetch(_codec_arrays(bundle.codec)),
     }
     save_tree(folder / "weights", tree, {}, overwrite=True)
     record = {
