@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from source_files import MAKERS, SIDE, caption, is_number, write_tar
 
-from starflow2_jax.data.batches import BatchIterator, SourceCounts
+from starflow2_jax.data.batches import BatchIterator, SourceCounts, skipped_log
 from starflow2_jax.data.mixture import Entry, Mixed, MixtureData, exact_counts, first_images
 from starflow2_jax.data.pipeline import BatchShape, packed_batches
 from starflow2_jax.data.sequences import ImageShape
@@ -296,7 +296,8 @@ def test_corrupt_records_are_skipped_counted_and_named(tokenizer, sources, tmp_p
     }
     data = data_of(tokenizer, entries, most_corrupt=1.0, text_drop=0.0)
     iterator = iter(packed_batches(data.documents("joint", False, 0), BATCH))
-    with caplog.at_level(logging.WARNING, "starflow2_jax.data.batches"):
+    log = tmp_path / "skipped.log"
+    with caplog.at_level(logging.WARNING, "starflow2_jax.data.batches"), skipped_log(log):
         batches = take(iterator, 12)
     counts = iterator.counts()
     iterator.close()
@@ -316,6 +317,10 @@ def test_corrupt_records_are_skipped_counted_and_named(tokenizer, sources, tmp_p
             f"skipped a record of {source}: {tmp_path / '0.tar'}:{record}: " in line and why in line
             for line in lines
         ), (source, record, why)
+    written = log.read_text().splitlines()
+    assert [line.partition(" skipped ")[2] for line in written] == [
+        line.partition("skipped ")[2] for line in lines
+    ]
     # What is left is whole, and the counts are part of the position.
     for batch in batches:
         for here, row, _ in documents_of(batch):

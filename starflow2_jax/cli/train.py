@@ -50,12 +50,14 @@ def run(args: argparse.Namespace) -> None:
     config, module = load_config(args.config, args.overrides)
     import jax
 
+    from starflow2_jax.data.batches import skipped_log
     from starflow2_jax.parallel.distributed import join_job
     from starflow2_jax.training import loop
 
     join_job()
     workdir = claim_workdir(args.workdir, config)
-    loop.run(config, module, workdir)
+    with skipped_log(workdir / f"skipped_records_{jax.process_index()}.log"):
+        loop.run(config, module, workdir)
     report = getattr(module, "report", None)
     if report is None:
         return

@@ -9,10 +9,12 @@ one and can be shared out to another number of processes.
 Letters: B rows.
 """
 
+import contextlib
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -29,6 +31,19 @@ _FEWEST = 1000
 
 _IN_A_ROW = 1000
 """Records that are skipped one after another before a lane gives up."""
+
+
+@contextlib.contextmanager
+def skipped_log(path: pathlib.Path) -> Iterator[None]:
+    """Names skipped records in a file, too, which is made with the first one."""
+    handler = logging.FileHandler(path, delay=True, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    LOG.addHandler(handler)
+    try:
+        yield
+    finally:
+        LOG.removeHandler(handler)
+        handler.close()
 
 
 @dataclasses.dataclass(frozen=True)
