@@ -22,6 +22,7 @@ from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.patches import PatchCodec
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, SpecialTokens
 from starflow2_jax.models.qwen2_5_vl import LanguageModelConfig
+from starflow2_jax.parallel.distributed import fetch
 from starflow2_jax.provenance import write_json
 from starflow2_jax.training.checkpoint import load_tree, save_tree
 
@@ -58,7 +59,7 @@ def save_bundle(folder: pathlib.Path, bundle: Bundle) -> None:
     bundle.tokenizer.save(folder / "tokenizer")
     tree = {
         "model": nnx.to_pure_dict(nnx.state(bundle.model)),
-        "codec": {name: getattr(bundle.codec, name) for name in ("order", "basis", "divisors")},
+        "codec": fetch({n: getattr(bundle.codec, n) for n in ("order", "basis", "divisors")}),
     }
     save_tree(folder / "weights", tree, {}, overwrite=True)
     record = {

@@ -25,6 +25,7 @@ from starflow2_jax.data.sequences import Document, Turn, encode_turns, unconditi
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.patches import PatchCodec, noisy_latents
 from starflow2_jax.models.pretzel import Pretzel
+from starflow2_jax.parallel.distributed import fetch
 from starflow2_jax.sampling import display, generate
 from starflow2_jax.sampling import jacobi as parallel
 from starflow2_jax.sampling.generate import Output
@@ -246,14 +247,14 @@ class Model:
             x = display.to_x(self.pretzel, latents)
         else:
             x, _ = parallel.to_x(self.pretzel, latents, jacobi)
-        return np.asarray(self.bundle.codec.to_uint8(x))[:count]
+        return fetch(self.bundle.codec.to_uint8(x))[:count]
 
     def latents(self, images: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
         """Images uint8 [B, H, W, channels], dequantised by their seeds, -> u [B, N, C]."""
         count = generate.bucket(len(images), 4)
         padded = np.resize(images, (count, *images.shape[1:]))
         numbers = np.resize(np.asarray(seeds, np.uint32), count)
-        return np.asarray(_latents(self.pretzel, self.bundle.codec, padded, numbers))[: len(images)]
+        return fetch(_latents(self.pretzel, self.bundle.codec, padded, numbers))[: len(images)]
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens).strip(" ")

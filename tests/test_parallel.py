@@ -205,6 +205,17 @@ def test_batch_shardings():
 
 
 @pytest.mark.distributed
+def test_batches_of_one_process_are_placed_as_a_whole():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), eight())
+    batch = {"tokens": np.arange(24).reshape(8, 3), "images": np.ones((8, 2, 4, 4, 3), np.uint8)}
+    assert rules.local_rows(8, mesh) == slice(0, 8)
+    placed = rules.place_batch(batch, 8, mesh)
+    for name, leaf in placed.items():
+        assert leaf.sharding == rules.batch_shardings(batch, mesh)[name]
+        np.testing.assert_array_equal(leaf, batch[name])
+
+
+@pytest.mark.distributed
 def test_a_batch_that_the_mesh_does_not_divide():
     cfg = tiny.config()
     mesh = make_mesh(MeshConfig(data=2, fsdp=4), eight())

@@ -18,6 +18,8 @@ overrides:
                         type of the entry: True, 3, 1e-4, words, (1, 2), None
   --config.smoke=True   the same code at tiny sizes on made data, for a test of the installation
 
+jobs of several processes (see docs/launch.md): give this command through a script of launch/
+
 exit codes: 0 finished; 2 bad input; 130 interrupted, with the state saved
 """
 
@@ -46,10 +48,20 @@ def run(args: argparse.Namespace) -> None:
         Interrupted: stopped from outside, state saved.
     """
     config, module = load_config(args.config, args.overrides)
-    workdir = claim_workdir(args.workdir, config)
+    import jax
+
+    from starflow2_jax.data.batches import skipped_log
+    from starflow2_jax.parallel.distributed import join_job
     from starflow2_jax.training import loop
 
-    loop.run(config, module, workdir)
+    join_job()
+    workdir = claim_workdir(args.workdir, config)
+    with skipped_log(workdir / f"skipped_records_{jax.process_index()}.log"):
+        loop.run(config, module, workdir)
     report = getattr(module, "report", None)
-    if report is not None:
+    if report is None:
+        return
+    if jax.process_count() == 1:
         report(config, workdir)
+    elif jax.process_index() == 0:
+        print(f"for the report, give the same command in one process; {workdir} is finished")

@@ -13,8 +13,9 @@ from typing import Literal
 import grain
 import numpy as np
 
-from starflow2_jax.data import pipeline
+from starflow2_jax.data.batches import Documents
 from starflow2_jax.data.images import write_folder
+from starflow2_jax.data.packing import features
 from starflow2_jax.data.sequences import Document, ImageShape, Turn, Words, encode_turns
 from starflow2_jax.data.tokenizer import Tokenizer, train_tokenizer
 from starflow2_jax.models.patches import fit_patch_codec
@@ -222,7 +223,7 @@ class Conversations:
         """One random conversation as a document."""
         return encode_turns(self.turns(task, rng, in_words), self.tokenizer, self.shape, where=task)
 
-    def stream(self, mixture: Mapping[Task, float], in_words: bool, seed: int) -> grain.IterDataset:
+    def stream(self, mixture: Mapping[Task, float], in_words: bool, seed: int) -> Documents:
         """An endless stream of packable documents; document i depends on seed and i alone."""
         tasks = sorted(mixture)
         shares = np.array([mixture[t] for t in tasks], np.float64)
@@ -231,10 +232,10 @@ class Conversations:
         def make(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
             del index
             task = tasks[rng.choice(len(tasks), p=shares)]
-            return pipeline.features(self.document(task, rng, in_words), rng)
+            return features(self.document(task, rng, in_words), rng)
 
         dataset = grain.MapDataset.range(2**31).seed(seed).random_map(make)
-        return dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=128))
+        return Documents(dataset, ahead=128)
 
 
 class DigitsData:
@@ -271,7 +272,7 @@ class DigitsData:
         tune = splits["tune"]
         self._held_out = Conversations(tune, self.tokenizer, self.image, len(tune.labels), 1.0)
 
-    def documents(self, stage: str, held_out: bool, seed: int) -> grain.IterDataset:
+    def documents(self, stage: str, held_out: bool, seed: int) -> Documents:
         """An endless stream of a stage's documents; of the `tune` split when held out."""
         conversations = self._held_out if held_out else self._training
         in_words = stage == "pretrain_lm"

@@ -1,100 +1,63 @@
-"""Documents to packed batches of rows, as a Grain pipeline whose position can be saved.
+"""Documents to packed batches of rows, with a position that can be saved; batches to `Rows`.
 
 Letters: B rows, T positions, I images per row.
 """
 
-import dataclasses
+from collections.abc import Callable
+from typing import Any
 
-import grain
 import jax.numpy as jnp
 import numpy as np
 
+from starflow2_jax.data.batches import Batches, Documents
+from starflow2_jax.data.packing import BatchShape, HostBatch, features, finish
 from starflow2_jax.data.sequences import Document
 from starflow2_jax.errors import UserError
-from starflow2_jax.models.pretzel import Kind, Rows
+from starflow2_jax.models.pretzel import Rows
 
-HostBatch = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchShape:
-    """B rows of T positions with room for I images each."""
-
-    rows: int
-    length: int
-    images: int
-
-
-def features(document: Document, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """A document as the arrays that are packed; the images get the seeds of their noise."""
-    count = len(document.images)
-    return {
-        "tokens": document.tokens,
-        "kinds": document.kinds,
-        "positions": document.positions,
-        "text_loss": document.text_loss,
-        "images": document.images,
-        "image_seeds": rng.integers(0, 2**32, size=count, dtype=np.uint32),
-    }
+__all__ = [
+    "BatchShape",
+    "Documents",
+    "HostBatch",
+    "features",
+    "packed_batches",
+    "single_batch",
+    "to_rows",
+]
 
 
-def _finish(batch: HostBatch, images: int) -> HostBatch:
-    kinds = batch["kinds"]
-    starts = (kinds == Kind.LATENT) & (np.pad(kinds, ((0, 0), (1, 0)))[:, :-1] != Kind.LATENT)
-    image_start = np.full((len(kinds), images), -1, np.int32)
-    for row, row_starts in enumerate(starts):
-        found = np.flatnonzero(row_starts)
-        image_start[row, : len(found)] = found
-    return {
-        "tokens": batch["tokens"],
-        "kinds": kinds,
-        "positions": batch["positions"],
-        "segments": batch["tokens_segment_ids"],
-        "text_loss": batch["text_loss"],
-        "images": batch["images"],
-        "image_seeds": batch["image_seeds"],
-        "image_start": image_start,
-    }
-
-
-def packed_batches(documents: grain.IterDataset, shape: BatchShape) -> grain.IterDataset:
-    """Packs documents' `features` first-fit into rows and rows into batches.
+def packed_batches(
+    documents: Documents,
+    shape: BatchShape,
+    rows: slice | None = None,
+    place: Callable[[HostBatch], Any] | None = None,
+) -> Batches:
+    """Documents packed first-fit into rows, and rows into batches.
 
     Args:
-        documents: of `features` dictionaries.
-        shape: of a batch.
+        documents: the stream.
+        shape: of the job's whole batch.
+        rows: those of the batch that this process is to have; default all.
+        place: is applied to each batch in the thread that reads ahead, to put it on the devices.
 
     Returns:
         Batches of `tokens, kinds, segments` int32 [B, T], `positions` int32 [B, T, 3], `text_loss`
         bool [B, T], `images` uint8 [B, I, H, W, channels], `image_seeds` uint32 [B, I],
-        `image_start` int32 [B, I].
+        `image_start` int32 [B, I]; or what `place` makes of them.
 
     Raises:
-        UserError: when a batch is read: a document does not fit into an empty row.
+        UserError: the lanes do not divide the rows. When a batch is read: a document that comes
+            from no record does not fit into an empty row; too many records of a source are corrupt.
     """
-    per_position = dict.fromkeys(("tokens", "kinds", "positions", "text_loss"), shape.length)
-    per_image = dict.fromkeys(("images", "image_seeds"), shape.images)
-
-    def fitting(document: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        for name, size, unit in (
-            ("tokens", shape.length, "positions"),
-            ("images", shape.images, "images"),
-        ):
-            if len(document[name]) > size:
-                raise UserError(
-                    f"a document has {len(document[name])} {unit}, but a row of this stage's batch "
-                    f"holds {size}: make rows longer, or documents shorter"
-                )
-        return document
-
-    packed = grain.experimental.FirstFitPackIterDataset(
-        documents.map(fitting),
-        length_struct=per_position | per_image,
-        num_packing_bins=shape.rows,
-        shuffle_bins=False,
-    )
-    batches = packed.batch(shape.rows).map(lambda batch: _finish(batch, shape.images))
-    return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=4)
+    if shape.lanes < 1 or shape.rows % shape.lanes:
+        raise UserError(
+            f"a batch of {shape.rows} rows cannot be dealt to {shape.lanes} lanes: lanes must "
+            "divide rows"
+        )
+    start, stop, step = (rows or slice(None)).indices(shape.rows)
+    if step != 1 or stop <= start:
+        raise ValueError(f"rows {rows} of {shape.rows} are no run of rows")
+    return Batches(documents, shape, slice(start, stop), place)
 
 
 def to_rows(batch: HostBatch) -> Rows:
@@ -140,4 +103,4 @@ def single_batch(documents: list[Document], shape: BatchShape | None = None) -> 
         "images": pad([d.images for d in documents], shape.images),
         "image_seeds": np.zeros((shape.rows, shape.images), np.uint32),
     }
-    return _finish(batch, shape.images)
+    return finish(batch, shape.images)

@@ -50,6 +50,10 @@ class Tokenizer:
         )
         self.encode_template = functools.lru_cache(maxsize=4096)(self._encode)
 
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[tokenizers.Tokenizer, Turns]]:
+        """Worker processes get copies; the cache stays behind."""
+        return Tokenizer, (self.backend, self.turns)
+
     @property
     def vocab_size(self) -> int:
         """Number of ids, special tokens among them."""

@@ -122,3 +122,43 @@ def batch_shardings(batch: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec(*(None,) * axis, RULES["batch"]))
 
     return jax.tree_util.tree_map_with_path(one, batch)
+
+
+def local_rows(rows: int, mesh: Mesh) -> slice:
+    """The rows of a batch that this process's devices need, from the first to the last.
+
+    Args:
+        rows: of the whole batch, B.
+        mesh: see `mesh.make_mesh`.
+
+    Raises:
+        ValueError: the mesh does not divide the number of rows.
+    """
+    check_batch(rows, mesh)
+    sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    runs = [i[0].indices(rows) for i in sharding.addressable_devices_indices_map((rows,)).values()]
+    return slice(min(run[0] for run in runs), max(run[1] for run in runs))
+
+
+def place_batch(batch: Any, rows: int, mesh: Mesh) -> Any:
+    """Puts a batch on the devices, of which each process has only its `local_rows`.
+
+    Args:
+        batch: pytree of numpy arrays with the rows first, those of `local_rows`.
+        rows: of the whole batch, B.
+        mesh: see `mesh.make_mesh`.
+
+    Returns:
+        The same structure with arrays of B rows, sharded as `batch_shardings` says.
+    """
+    here = local_rows(rows, mesh)
+    sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+    def place(leaf: Any) -> jax.Array:
+        def piece(index: tuple[slice, ...]) -> Any:
+            start, stop, _ = index[0].indices(rows)
+            return leaf[start - here.start : stop - here.start]
+
+        return jax.make_array_from_callback((rows, *leaf.shape[1:]), sharding, piece)
+
+    return jax.tree.map(place, batch)

@@ -14,6 +14,7 @@ import numpy as np
 
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import Kind, Pretzel, PretzelConfig
+from starflow2_jax.parallel.distributed import fetch
 from starflow2_jax.sampling import jacobi as parallel
 from starflow2_jax.sampling import step
 from starflow2_jax.sampling.jacobi import JacobiConfig
@@ -307,14 +308,14 @@ def stream(
             state = step.advance(model, state, settings, every)
         else:
             state = parallel.advance(model, state, settings, every, jacobi)
-        mode, length, tokens, kinds, texts, images = jax.device_get(
+        mode, length, tokens, kinds, texts, images = fetch(
             (state.mode, state.length, state.tokens, state.kinds, state.texts, state.images)
         )
         fetched: list[np.ndarray] = []
 
         def u(state: SampleState = state, fetched: list[np.ndarray] = fetched) -> np.ndarray:
             if not fetched:
-                fetched.append(np.asarray(state.u))
+                fetched.append(fetch(state.u))
             return fetched[0]
 
         for b, reader in enumerate(readers):

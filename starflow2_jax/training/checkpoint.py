@@ -18,7 +18,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
@@ -181,6 +181,18 @@ def _reading(folder: pathlib.Path, what: str, advice: str) -> Iterator[None]:
 # Checkpoints of a run
 
 
+@runtime_checkable
+class Elastic(Protocol):
+    """A data iterator whose position may be restored in another number of processes."""
+
+    def set_states(self, states: Sequence[dict[str, Any]]) -> None:
+        """Moves to the position at which the processes of a job saved these states, in any order.
+
+        Raises:
+            UserError: the states are of other data, or not all there.
+        """
+
+
 class Checkpoints:
     """The checkpoints of one directory, by step. Saving is asynchronous.
 
@@ -307,7 +319,6 @@ class Checkpoints:
         step: int,
         abstract: Any,
         iterator: grain.DatasetIterator | None = None,
-        elastic: bool = False,
     ) -> tuple[Any, dict[str, Any]]:
         """Reads a whole step, onto whatever mesh the abstract state names.
 
@@ -315,9 +326,8 @@ class Checkpoints:
             step: an existing one.
             abstract: pytree like the saved state: arrays, or `jax.ShapeDtypeStruct` with a sharding
                 (without one the leaf comes back as a numpy array).
-            iterator: a fresh data iterator; it is moved to the saved position.
-            elastic: the iterator's state is the same in all processes and means a position in the
-                global batch order, so it may be restored in another number of processes.
+            iterator: a fresh data iterator; it is moved to the saved position. Where another number
+                of processes saved, it has to be `Elastic`.
 
         Returns:
             The state, and the metadata as saved.
@@ -336,7 +346,7 @@ class Checkpoints:
             )
             state = _rebuild(abstract, restored.state)
         if iterator is not None:
-            self._restore_iterator(step, iterator, elastic)
+            self._restore_iterator(step, iterator)
         return state, metadata
 
     def restore_weights_only(
@@ -412,27 +422,26 @@ class Checkpoints:
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {self.directory}: {error}") from error
 
-    def _restore_iterator(self, step: int, iterator: grain.DatasetIterator, elastic: bool) -> None:
+    def _restore_iterator(self, step: int, iterator: grain.DatasetIterator) -> None:
         folder = self.directory / str(step) / "data"
         where = self._where(step)
         index, count = jax.process_index(), jax.process_count()
         if not folder.is_dir():
             raise UserError(f"{where} holds no data iterator; it was saved without one")
-        files = sorted(folder.glob("process_*-of-*.json"))
+        files = list(folder.glob("process_*-of-*.json"))
         if not files or (folder / f"process_{index}-of-{count}.json").exists():
             with self._reading(step):
                 restore = grain.checkpoint.CheckpointRestore(iterator)
                 self._manager.restore(step, args=ocp.args.Composite(data=restore))
             return
         processes = files[0].stem.rpartition("-")[2]
-        with self._reading(step):
-            states = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-        if not elastic or any(state != states[0] for state in states):
+        if not isinstance(iterator, Elastic):
             raise UserError(
                 f"{where} was saved by {processes} processes, and its data iterator cannot "
                 f"continue in {count}; start {processes} processes"
             )
-        iterator.set_state(states[0])
+        with self._reading(step):
+            iterator.set_states([json.loads(file.read_text("utf-8")) for file in files])
 
 
 # Stand-alone exports
