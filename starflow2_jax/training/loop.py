@@ -115,6 +115,9 @@ def _claim_devices(count: int | None) -> None:
     """On CPU, one device per core: elementwise work runs on one thread per device."""
     if count is not None and "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", count)
+        # XLA's pool has a thread per core, and a thread that waits in an all-reduce is taken: two
+        # of one device's at a time would leave none to the device that they wait for.
+        os.environ.setdefault("NPROC", str(4 * count))
 
 
 class _Interruptible:
