@@ -34,7 +34,7 @@ def decode(data: bytes, shape: ImageShape) -> np.ndarray:
         # the target, so that the resize still does the filtering. (Sides may be swapped by EXIF.)
         longest = 2 * max(target)
         image.draft(None, (longest, longest))
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
