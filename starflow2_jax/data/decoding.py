@@ -39,7 +39,8 @@ def decode(data: bytes, shape: ImageShape) -> np.ndarray:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
-        image = image.convert(_MODES[shape.channels])
+        mode = _MODES[shape.channels]
+        image = image if image.mode == mode else image.convert(mode)  # which would copy
         pixels = np.asarray(_cover(image, *target))
     return pixels.reshape(shape.height, shape.width, shape.channels)
 
