@@ -126,16 +126,16 @@ class Job:
         Returns:
             The exit code of the first process that failed, else 0.
         """
+        first = 0
         while True:
             codes = [process.poll() for process in self.processes]
             failed = [i for i, code in enumerate(codes) if code]
-            if failed and not self.signals:
-                self._end_others(failed[0], codes[failed[0]])
-            if failed and None not in codes:
-                code = codes[failed[0]]
-                return 128 - code if code < 0 else code
+            if failed and not first:
+                first = codes[failed[0]]
+                if not self.signals:
+                    self._end_others(failed[0], first)
             if None not in codes:
-                return 0
+                return 128 - first if first < 0 else first
             time.sleep(0.1)
 
     def _end_others(self, index: int, code: int) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from starflow2_jax.cli.main import main
+from starflow2_jax.training import metrics
 from starflow2_jax.training.checkpoint import checksum, load_tree
 from starflow2_jax.training.metrics import read_metrics
 
@@ -158,3 +159,28 @@ def test_every_config_runs_in_smoke_mode(config, tmp_path):
     assert np.isfinite(report["bits_per_dim"])
     assert report.get("frozen_checksum_before") == report.get("frozen_checksum_after")
     assert (tmp_path / "losses.png").is_file()
+
+
+def test_an_interrupted_image_flow_resumes_to_the_same_bits(tmp_path, monkeypatch, capsys):
+    config = HERE.parent / "configs" / "tarflow_imagenet64.py"
+    options = ["--config.smoke=True", "--config.flow.count=1", "--config.report.samples=8"]
+    options += ["--config.stages.train.optimizer.steps=4", "--config.evaluation.samples=0"]
+
+    def run(name):
+        return main(["train", "--config", str(config), "--workdir", str(tmp_path / name), *options])
+
+    assert run("whole") == 0
+    update = metrics.Progress.update
+
+    def interrupting(self, step, *args, **kwargs):
+        if self._stage == "train" and step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(metrics.Progress, "update", interrupting)
+    assert run("parts") == 130
+    assert "interrupted at stage train step 2; saved" in capsys.readouterr().err
+    monkeypatch.setattr(metrics.Progress, "update", update)
+    assert run("parts") == 0
+    assert "train 3/4" in capsys.readouterr().out
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")

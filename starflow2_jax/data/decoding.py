@@ -34,12 +34,13 @@ def decode(data: bytes, shape: ImageShape) -> np.ndarray:
         # the target, so that the resize still does the filtering. (Sides may be swapped by EXIF.)
         longest = 2 * max(target)
         image.draft(None, (longest, longest))
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
-        image = image.convert(_MODES[shape.channels])
+        mode = _MODES[shape.channels]
+        image = image if image.mode == mode else image.convert(mode)  # which would copy
         pixels = np.asarray(_cover(image, *target))
     return pixels.reshape(shape.height, shape.width, shape.channels)
 

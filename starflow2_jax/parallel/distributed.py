@@ -45,6 +45,10 @@ def join_job() -> None:
             f"cannot join the job ({line}); {SWITCH}=1 is for processes that a launcher of launch/ "
             "or srun starts: unset it to run alone"
         ) from error
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        # CPU processes connect at their first collective, and wait half a minute for each other:
+        # now they are together, but later one may be that far behind.
+        multihost_utils.sync_global_devices("join_job")
 
 
 def preempted(step: int) -> bool:
