@@ -6,18 +6,21 @@ Letters: B rows, T positions, D width, V vocabulary, d head width.
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from starflow2_jax.models.qwen2_5_vision import VisionConfig, published_tower
 from starflow2_jax.nn import decoder, layers, partition, rope
 from starflow2_jax.nn.attention import AttentionSpec
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelConfig:
-    """Shape of the language model; names follow the Hugging Face config where they exist."""
+    """Shape of the language model, and of its vision tower where it has one."""
 
     vocab_size: int
     width: int
@@ -30,6 +33,14 @@ class LanguageModelConfig:
     rope_theta: float = 1e6
     rms_norm_epsilon: float = 1e-6
     remat: str = "none"
+    vision: VisionConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.vision is not None and self.vision.out_width != self.width:
+            raise ValueError(
+                f"the vision tower gives embeddings of width {self.vision.out_width}, "
+                f"the language model takes {self.width}"
+            )
 
     def decoder(self) -> decoder.DecoderConfig:
         """RMSNorm, GQA with q/k/v bias, SwiGLU, final RMSNorm."""
@@ -52,8 +63,23 @@ class LanguageModelConfig:
         )
 
 
+def qwen2_5_vl_3b() -> LanguageModelConfig:
+    """Qwen2.5-VL-3B: the embedding is the head."""
+    return LanguageModelConfig(
+        vocab_size=151936,
+        width=2048,
+        layers=36,
+        heads=16,
+        kv_heads=2,
+        head_dim=128,
+        mlp_width=11008,
+        tied=True,
+        vision=published_tower(out_width=2048, mlp_width=3420),
+    )
+
+
 def qwen2_5_vl_7b() -> LanguageModelConfig:
-    """The language model of Qwen2.5-VL-7B."""
+    """Qwen2.5-VL-7B."""
     return LanguageModelConfig(
         vocab_size=152064,
         width=3584,
@@ -63,6 +89,118 @@ def qwen2_5_vl_7b() -> LanguageModelConfig:
         head_dim=128,
         mlp_width=18944,
         tied=False,
+        vision=published_tower(out_width=3584, mlp_width=3420),
+    )
+
+
+def qwen2_5_vl_32b() -> LanguageModelConfig:
+    """Qwen2.5-VL-32B."""
+    return LanguageModelConfig(
+        vocab_size=152064,
+        width=5120,
+        layers=64,
+        heads=40,
+        kv_heads=8,
+        head_dim=128,
+        mlp_width=27648,
+        tied=False,
+        vision=published_tower(out_width=5120, mlp_width=3456),
+    )
+
+
+def qwen2_5_vl_72b() -> LanguageModelConfig:
+    """Qwen2.5-VL-72B."""
+    return LanguageModelConfig(
+        vocab_size=152064,
+        width=8192,
+        layers=80,
+        heads=64,
+        kv_heads=8,
+        head_dim=128,
+        mlp_width=29568,
+        tied=False,
+        vision=published_tower(out_width=8192, mlp_width=3456),
+    )
+
+
+def qwen2_5_vl_tiny(vocab_size: int = 512) -> LanguageModelConfig:
+    """A model of the published kind, patches and windows, small enough for tests."""
+    tower = VisionConfig(
+        layers=4, width=32, heads=2, mlp_width=48, out_width=64, full_layers=(1, 3)
+    )
+    return LanguageModelConfig(
+        vocab_size=vocab_size,
+        width=64,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        mlp_width=96,
+        tied=False,
+        vision=tower,
+    )
+
+
+def from_hf(record: Mapping[str, Any]) -> LanguageModelConfig:
+    """The shape that a Hugging Face `config.json` describes.
+
+    Args:
+        record: the file's content; text keys at its top level or under `text_config`, keys that
+            are absent as `transformers` fills them.
+
+    Raises:
+        ValueError: another architecture, or a variant that this model does not have; names the key.
+    """
+    if record.get("model_type") != "qwen2_5_vl":
+        raise ValueError(f"model_type is {record.get('model_type')!r}, expected 'qwen2_5_vl'")
+    from transformers import Qwen2_5_VLConfig  # takes seconds, and only conversion needs it
+
+    try:
+        whole = Qwen2_5_VLConfig.from_dict(dict(record))
+    except Exception as error:
+        raise ValueError(f"not a Qwen2.5-VL config: {' '.join(str(error).split())}") from error
+    text, tower = whole.text_config, whole.vision_config
+    head_dim = text.hidden_size // text.num_attention_heads
+    rope_parameters = text.rope_parameters
+    found_and_expected = {
+        "use_sliding_window": (bool(text.use_sliding_window), False),
+        "hidden_act": (text.hidden_act, "silu"),
+        "vision_config.hidden_act": (tower.hidden_act, "silu"),
+        "hidden_size": (text.hidden_size, head_dim * text.num_attention_heads),
+        "rope_scaling.rope_type": (rope_parameters.get("rope_type", "default"), "default"),
+        "rope_scaling.mrope_section": (
+            tuple(rope_parameters.get("mrope_section", (16, 24, 24))),
+            rope.multimodal_counts(head_dim),
+        ),
+    }
+    for key, (found, expected) in found_and_expected.items():
+        if found != expected:
+            raise ValueError(f"{key} is {found!r}, this model has {expected!r}")
+    vision = VisionConfig(
+        layers=tower.depth,
+        width=tower.hidden_size,
+        heads=tower.num_heads,
+        mlp_width=tower.intermediate_size,
+        out_width=tower.out_hidden_size,
+        full_layers=tuple(tower.fullatt_block_indexes),
+        channels=tower.in_channels,
+        patch=tower.patch_size,
+        frames=tower.temporal_patch_size,
+        merge=tower.spatial_merge_size,
+        window=tower.window_size,
+    )
+    return LanguageModelConfig(
+        vocab_size=text.vocab_size,
+        width=text.hidden_size,
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=head_dim,
+        mlp_width=text.intermediate_size,
+        tied=bool(whole.tie_word_embeddings),
+        rope_theta=float(rope_parameters["rope_theta"]),
+        rms_norm_epsilon=text.rms_norm_eps,
+        vision=vision,
     )
 
 
