@@ -161,12 +161,16 @@ def from_hf(record: Mapping[str, Any]) -> LanguageModelConfig:
         raise ValueError(f"not a Qwen2.5-VL config: {' '.join(str(error).split())}") from error
     text, tower = whole.text_config, whole.vision_config
     head_dim = text.hidden_size // text.num_attention_heads
+    if text.hidden_size % text.num_attention_heads:
+        raise ValueError(
+            f"hidden_size {text.hidden_size} is no multiple of the "
+            f"{text.num_attention_heads} num_attention_heads"
+        )
     rope_parameters = text.rope_parameters
     found_and_expected = {
         "use_sliding_window": (bool(text.use_sliding_window), False),
         "hidden_act": (text.hidden_act, "silu"),
         "vision_config.hidden_act": (tower.hidden_act, "silu"),
-        "hidden_size": (text.hidden_size, head_dim * text.num_attention_heads),
         "rope_scaling.rope_type": (rope_parameters.get("rope_type", "default"), "default"),
         "rope_scaling.mrope_section": (
             tuple(rope_parameters.get("mrope_section", (16, 24, 24))),
