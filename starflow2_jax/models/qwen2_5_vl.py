@@ -1,4 +1,4 @@
-"""Qwen2.5-VL as four functions: embed, see, decode, logits. The language model.
+"""Qwen2.5-VL as four functions: embed, see, decode, logits. The vision tower is a file of its own.
 
 Specification: Qwen2.5-VL (arXiv 2502.13923) and its published configs.
 Letters: B rows, T positions, D width, V vocabulary, d head width.
@@ -13,7 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from starflow2_jax.models.qwen2_5_vision import VisionConfig, published_tower
+from starflow2_jax.models.qwen2_5_vision import (
+    Views,
+    VisionConfig,
+    VisionTower,
+    published_tower,
+)
 from starflow2_jax.nn import decoder, layers, partition, rope
 from starflow2_jax.nn.attention import AttentionSpec
 
@@ -224,6 +229,9 @@ class Qwen25VL(nnx.Module):
         self.head = nnx.data(
             None if config.tied else layers.parameter(rngs, normal, table, ("vocab", "embed"))
         )
+        self.tower = nnx.data(
+            None if config.vision is None else VisionTower(config.vision, rngs=rngs)
+        )
 
     def embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """int32 [B, T] -> [B, T, D] in `dtype`."""
@@ -231,6 +239,19 @@ class Qwen25VL(nnx.Module):
         # come out as the whole batch on every device.
         table = partition.constrain(self.embedding[...].astype(dtype), ("vocab", None))
         return partition.constrain(table[tokens], ("batch", "length", "embed_activation"))
+
+    def see(self, views: Views, dtype: jnp.dtype) -> jax.Array:
+        """Embeddings of the pictures at their positions of the rows: [B, T, D], zero elsewhere.
+
+        Raises:
+            ValueError: the model has no vision tower.
+        """
+        if self.tower is None:
+            raise ValueError("this model has no vision tower")
+        tokens = self.tower(views, dtype)  # [B, K M, D]
+        place = jnp.maximum(views.index, 0)[..., None]
+        seen = jnp.where(views.index[..., None] >= 0, jnp.take_along_axis(tokens, place, 1), 0)
+        return partition.constrain(seen, ("batch", "length", "embed_activation"))
 
     def decode(
         self,
