@@ -181,7 +181,7 @@ class Batch:
 
 
 # One shape for all batches, so that little is compiled.
-LENGTH = 96
+LENGTH = 128
 VIEW_SHAPE = ViewShape(tower_rows=2, places=7 * 64)
 
 

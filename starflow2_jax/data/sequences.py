@@ -182,6 +182,7 @@ def encode_turns(
             turn, or too many positions.
     """
     writer, template = Writer(tokenizer, shape), tokenizer.turns
+    writer.text(tokenizer.encode_template(template.begin), loss=False)
     for i, turn in enumerate(turns):
         assistant = turn.role == "assistant"
         opening = template.assistant_open if assistant else template.user_open

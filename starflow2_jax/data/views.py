@@ -9,7 +9,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import PIL.Image
@@ -205,6 +205,23 @@ def view_shape(rows: Iterable[Sequence[View]], config: VisionConfig) -> ViewShap
     return ViewShape(_rounded(max(needed, default=1)), places)
 
 
+def laid_out(one: View, config: VisionConfig) -> tuple[np.ndarray, ...]:
+    """A view as the tower holds it.
+
+    Returns:
+        patches [s, P], coordinates [s, 2], exists bool [s], first: the place of the first patch of
+        each token.
+    """
+    layout = grid_layout(config, one.rows, one.columns)
+    exists = layout.patches >= 0
+    patches = np.zeros((len(exists), one.patches.shape[1]), np.float32)
+    patches[exists] = one.patches[layout.patches[exists]]
+    found = np.flatnonzero(layout.tokens >= 0)
+    first = np.empty(len(found), np.int32)
+    first[layout.tokens[found]] = found * config.merge**2
+    return patches, layout.coordinates, exists, first
+
+
 def pack_views(
     rows: Sequence[Sequence[View]],
     kinds: np.ndarray,
@@ -224,34 +241,85 @@ def pack_views(
     """
     shape = view_shape(rows, config) if shape is None else shape
     lead = (len(rows), shape.tower_rows, shape.places)
-    per_token = config.merge**2
     patches = np.zeros((*lead, config.patch_numbers), np.float32)
-    coordinates = np.zeros((2, *lead), np.int32)
+    coordinates = np.zeros((*lead, 2), np.int32)
     segments = np.zeros(lead, np.int32)
     index = np.full(kinds.shape, -1, np.int32)
     for b, views in enumerate(rows):
-        order = []
-        for i, ((row, first), one) in enumerate(
-            zip(_assign(views, config, shape.places), views, strict=True)
-        ):
-            layout = grid_layout(config, one.rows, one.columns)
-            here = slice(first, first + len(layout.patches))
+        tokens = [np.zeros(0, np.int32)]
+        assigned = _assign(views, config, shape.places)
+        for i, (one, (row, start)) in enumerate(zip(views, assigned, strict=True)):
+            values, places, exists, first = laid_out(one, config)
+            here = slice(start, start + len(exists))
             if row >= shape.tower_rows or here.stop > shape.places:
                 raise ValueError(f"the views of row {b} do not fit {shape}")
-            exists = layout.patches >= 0
-            patches[b, row, here][exists] = one.patches[layout.patches[exists]]
-            coordinates[:, b, row, here] = layout.coordinates.T
+            patches[b, row, here], coordinates[b, row, here] = values, places
             segments[b, row, here] = np.where(exists, i + 1, 0)
-            place = np.empty(layout.tokens.max() + 1, np.int32)
-            found = np.flatnonzero(layout.tokens >= 0)
-            place[layout.tokens[found]] = found
-            order.append((row * shape.places + first) // per_token + place)
-        positions = np.flatnonzero(kinds[b] == Kind.VIT)
-        tokens = np.concatenate(order) if order else np.zeros(0, np.int32)
-        if len(positions) != len(tokens):
-            raise ValueError(
-                f"row {b} has {len(positions)} VIT positions, but its views are "
-                f"{len(tokens)} tokens"
-            )
-        index[b, positions] = tokens
+            tokens.append(row * shape.places + start + first)
+        _place(index[b], np.concatenate(tokens), kinds[b], f"row {b}")
     return Views(patches=patches, coordinates=coordinates, segments=segments, index=index)
+
+
+def _place(index: np.ndarray, tokens: np.ndarray, kinds: np.ndarray, where: str) -> None:
+    """Writes the tokens of a row's views at its VIT positions."""
+    positions = np.flatnonzero(kinds == Kind.VIT)
+    if len(positions) != len(tokens):
+        raise ValueError(
+            f"{where} has {len(positions)} VIT positions, but its views are {len(tokens)} tokens"
+        )
+    index[positions] = tokens
+
+
+def view_features(
+    views: Sequence[View], kinds: np.ndarray, config: VisionConfig
+) -> dict[str, np.ndarray]:
+    """The views of one document as arrays that can be packed with those of other documents.
+
+    Args:
+        views: of the document, in order.
+        kinds: int32 [T], of the document.
+        config: of the tower.
+
+    Returns:
+        `view_patches` float32 [s, P], `view_coordinates` int32 [s, 2], `view_pictures` int32 [s]
+        (from 1; 0 where there is no patch), `view_index` int32 [T]: 1 + the place among the
+        document's own that stands at a position, 0: none.
+    """
+    out = {
+        "view_patches": [np.zeros((0, config.patch_numbers), np.float32)],
+        "view_coordinates": [np.zeros((0, 2), np.int32)],
+        "view_pictures": [np.zeros(0, np.int32)],
+    }
+    tokens, start = [np.zeros(0, np.int32)], 0
+    for i, one in enumerate(views):
+        patches, coordinates, exists, first = laid_out(one, config)
+        out["view_patches"].append(patches)
+        out["view_coordinates"].append(coordinates)
+        out["view_pictures"].append(np.where(exists, i + 1, 0).astype(np.int32))
+        tokens.append(start + first)
+        start += len(exists)
+    index = np.full(len(kinds), -1, np.int32)
+    _place(index, np.concatenate(tokens), kinds, "the document")
+    return {name: np.concatenate(parts) for name, parts in out.items()} | {"view_index": index + 1}
+
+
+def packed_views(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of `view_features` packed into rows, what is left to say: whose places are whose.
+
+    Args:
+        batch: packed arrays [B, S, ...] and [B, T], with `view_patches_segment_ids` [B, S] and
+            `tokens_segment_ids` [B, T], the document of each place and position.
+
+    Returns:
+        `view_segments` int32 [B, S], `view_index` int32 [B, T] as `Views` has it.
+    """
+    owners, documents = batch["view_patches_segment_ids"], batch["tokens_segment_ids"]
+    pictures = batch["view_pictures"]
+    segments = np.where(pictures > 0, owners * (pictures.max(initial=0) + 1) + pictures, 0)
+    index = np.full(documents.shape, -1, np.int32)
+    for row, (own, document) in enumerate(zip(owners, documents, strict=True)):
+        # The first place of each document; 0 for those without any.
+        start = np.array([int(np.argmax(own == d)) for d in range(document.max(initial=0) + 1)])
+        relative = batch["view_index"][row] - 1
+        index[row] = np.where(relative >= 0, start[document] + relative, -1)
+    return {"view_segments": segments.astype(np.int32), "view_index": index}
