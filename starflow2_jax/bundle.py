@@ -21,6 +21,7 @@ from starflow2_jax.errors import UserError
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.patches import PatchCodec
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, SpecialTokens
+from starflow2_jax.models.qwen2_5_vision import VisionConfig
 from starflow2_jax.models.qwen2_5_vl import LanguageModelConfig
 from starflow2_jax.parallel.distributed import fetch
 from starflow2_jax.provenance import write_json
@@ -46,8 +47,13 @@ def config_from_json(record: Mapping[str, Any]) -> PretzelConfig:
     flow = dict(record["flow"])
     for key in ("shallow_layers", "shallow_orders"):
         flow[key] = tuple(flow[key])
+    vlm = dict(record["vlm"])
+    if vlm.get("vision") is not None:
+        vision = dict(vlm["vision"])
+        vision["full_layers"] = tuple(vision["full_layers"])
+        vlm["vision"] = VisionConfig(**vision)
     return PretzelConfig(
-        vlm=LanguageModelConfig(**record["vlm"]),
+        vlm=LanguageModelConfig(**vlm),
         flow=FlowConfig(**flow),
         special=SpecialTokens(**record["special"]),
         dtype=record["dtype"],

@@ -25,6 +25,8 @@ from starflow2_jax.convert.table import (
     transposed,
 )
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig
+from starflow2_jax.models.qwen2_5_vision import VisionConfig
+from starflow2_jax.models.qwen2_5_vl import LanguageModelConfig
 from starflow2_jax.nn.decoder import DecoderConfig
 
 __all__ = ["by_path", "from_tensors", "table", "to_tensors"]
@@ -62,13 +64,63 @@ def _qwen_decoder(path: str, name: str, c: DecoderConfig) -> Iterator[Entry]:
     yield plain(f"{path}.final_norm.weight", f"{name}.norm.weight")
 
 
+def _qwen_tower(path: str, name: str, config: VisionConfig) -> Iterator[Entry]:
+    c = config.decoder()
+    conv = (config.width, config.channels, config.frames, config.patch, config.patch)
+
+    def entry(leaf: str, source: str, join: Join = same, split: Split | None = None) -> Entry:
+        return layers(f"{path}.decoder", f"{name}.blocks", c.layers, leaf, (source,), join, split)
+
+    def join(qkv: np.ndarray) -> np.ndarray:
+        return layout.join_qkv(*np.split(qkv, 3), c.head_dim, adjacent_pairs=False)
+
+    def split(joined: np.ndarray) -> np.ndarray:
+        return np.concatenate(
+            layout.split_qkv(joined, c.heads, c.kv_heads, c.head_dim, adjacent_pairs=False)
+        )
+
+    yield plain(
+        f"{path}.patch_embedding.kernel",
+        f"{name}.patch_embed.proj.weight",
+        lambda w: w.reshape(len(w), -1).T,
+        lambda k: k.T.reshape(conv),
+    )
+    yield entry("attention_norm.weight", "norm1.weight")
+    yield entry("mlp_norm.weight", "norm2.weight")
+    yield entry(
+        "attention.qkv.kernel",
+        "attn.qkv.weight",
+        lambda w: join(w).T,
+        lambda k: (split(k.T),),
+    )
+    yield entry("attention.qkv.bias", "attn.qkv.bias", join, lambda b: (split(b),))
+    for ours, theirs in (
+        ("attention.out", "attn.proj"),
+        ("mlp.gate", "mlp.gate_proj"),
+        ("mlp.up", "mlp.up_proj"),
+        ("mlp.down", "mlp.down_proj"),
+    ):
+        yield entry(f"{ours}.kernel", f"{theirs}.weight", transposed)
+        yield entry(f"{ours}.bias", f"{theirs}.bias")
+    yield plain(f"{path}.decoder.final_norm.weight", f"{name}.merger.ln_q.weight")
+    yield from linear(f"{path}.merge_up", f"{name}.merger.mlp.0")
+    yield from linear(f"{path}.merge_out", f"{name}.merger.mlp.2")
+
+
+def qwen(path: str, name: str, config: LanguageModelConfig) -> Iterator[Entry]:
+    """A Qwen2.5-VL under the names of its published files."""
+    yield plain(f"{path}embedding", f"{name}model.embed_tokens.weight")
+    if not config.tied:
+        yield plain(f"{path}head", f"{name}lm_head.weight")
+    yield from _qwen_decoder(f"{path}decoder", f"{name}model", config.decoder())
+    if config.vision is not None:
+        yield from _qwen_tower(f"{path}tower", f"{name}visual", config.vision)
+
+
 def table(config: PretzelConfig) -> list[Entry]:
     """Every parameter of a `Pretzel` and where it comes from."""
     flow, vlm = config.flow, config.vlm
-    entries = [plain("vlm.embedding", "vlm.model.embed_tokens.weight")]
-    if not vlm.tied:
-        entries.append(plain("vlm.head", "vlm.lm_head.weight"))
-    entries += _qwen_decoder("vlm.decoder", "vlm.model", vlm.decoder())
+    entries = list(qwen("vlm.", "vlm.", vlm))
     for b, depth in enumerate(flow.shallow_layers):
         entries += af_block(f"shallow.blocks.{b}", f"shallow.{b}", flow.block(depth))
     entries += linear("deep.proj_text", "deep.proj_text")

@@ -1,6 +1,6 @@
 """Documents as arrays, and arrays packed into batches of rows.
 
-Letters: B rows, T positions, I images per row.
+Letters: B rows, T positions, I images per row, S places for the patches of a row's views.
 """
 
 import dataclasses
@@ -10,7 +10,9 @@ import grain
 import numpy as np
 
 from starflow2_jax.data.sequences import Document
+from starflow2_jax.data.views import packed_views, view_features
 from starflow2_jax.models.pretzel import Kind
+from starflow2_jax.models.qwen2_5_vision import VisionConfig
 
 HostBatch = dict[str, np.ndarray]
 
@@ -21,7 +23,7 @@ _LEAST_BINS = 8
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
-    """B rows of T positions with room for I images each.
+    """B rows of T positions with room for I images each, and for views in S places.
 
     Attributes:
         rows: B, of the whole job.
@@ -29,18 +31,34 @@ class BatchShape:
         images: I.
         lanes: parts of equally many rows that are read and packed apart, see `data.batches`. The
             batches depend on it.
+        places: S.
     """
 
     rows: int
     length: int
     images: int
     lanes: int = 1
+    places: int = 0
 
 
-def features(document: Document, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """A document as the arrays that are packed; the images get the seeds of their noise."""
+def features(
+    document: Document, rng: np.random.Generator, tower: VisionConfig | None = None
+) -> dict[str, np.ndarray]:
+    """A document as the arrays that are packed; the images get the seeds of their noise.
+
+    Args:
+        document: any.
+        rng: of the seeds.
+        tower: where the batches have room for views: the vision tower that they are for.
+
+    Raises:
+        ValueError: the document has views, and `tower` is None.
+    """
     count = len(document.images)
-    return {
+    if document.views and tower is None:
+        raise ValueError("a document with views needs the vision tower's config")
+    views = {} if tower is None else view_features(document.views, document.kinds, tower)
+    return views | {
         "tokens": document.tokens,
         "kinds": document.kinds,
         "positions": document.positions,
@@ -58,7 +76,11 @@ def finish(batch: HostBatch, images: int) -> HostBatch:
     for row, row_starts in enumerate(starts):
         found = np.flatnonzero(row_starts)
         image_start[row, : len(found)] = found
-    return {
+    views = {}
+    if "view_patches" in batch:
+        views = {name: batch[name] for name in ("view_patches", "view_coordinates")}
+        views |= packed_views(batch)
+    return views | {
         "tokens": batch["tokens"],
         "kinds": kinds,
         "positions": batch["positions"],
@@ -75,8 +97,9 @@ def fits(document: dict[str, np.ndarray], shape: BatchShape) -> str:
     for name, size, unit in (
         ("tokens", shape.length, "positions"),
         ("images", shape.images, "images"),
+        ("view_patches", shape.places, "places of views"),
     ):
-        if len(document[name]) > size:
+        if len(document.get(name, ())) > size:
             return (
                 f"a document has {len(document[name])} {unit}, but a row of this stage's batch "
                 f"holds {size}"
@@ -88,9 +111,13 @@ def packed(documents: grain.IterDataset, shape: BatchShape, rows: int) -> grain.
     """Packs documents' `features` first-fit into rows, and `rows` of them into batches."""
     per_position = dict.fromkeys(("tokens", "kinds", "positions", "text_loss"), shape.length)
     per_image = dict.fromkeys(("images", "image_seeds"), shape.images)
+    per_place = {}
+    if shape.places:
+        names = ("view_patches", "view_coordinates", "view_pictures")
+        per_place = dict.fromkeys(names, shape.places) | {"view_index": shape.length}
     bins = grain.experimental.FirstFitPackIterDataset(
         documents,
-        length_struct=per_position | per_image,
+        length_struct=per_position | per_image | per_place,
         num_packing_bins=max(rows, _LEAST_BINS),
         shuffle_bins=False,
     )

@@ -1,6 +1,7 @@
 """Documents to packed batches of rows, with a position that can be saved; batches to `Rows`.
 
-Letters: B rows, T positions, I images per row.
+Letters: B rows, T positions, I images per row, S places for the patches of a row's views, P numbers
+of a patch.
 """
 
 from collections.abc import Callable
@@ -12,8 +13,10 @@ import numpy as np
 from starflow2_jax.data.batches import Batches, Documents
 from starflow2_jax.data.packing import BatchShape, HostBatch, features, finish
 from starflow2_jax.data.sequences import Document
+from starflow2_jax.data.views import view_features
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import Rows
+from starflow2_jax.models.qwen2_5_vision import Views, VisionConfig
 
 __all__ = [
     "BatchShape",
@@ -43,7 +46,9 @@ def packed_batches(
     Returns:
         Batches of `tokens, kinds, segments` int32 [B, T], `positions` int32 [B, T, 3], `text_loss`
         bool [B, T], `images` uint8 [B, I, H, W, channels], `image_seeds` uint32 [B, I],
-        `image_start` int32 [B, I]; or what `place` makes of them.
+        `image_start` int32 [B, I]; where the shape has places for views also `view_patches` float32
+        [B, S, P], `view_coordinates` int32 [B, S, 2], `view_segments` int32 [B, S], `view_index`
+        int32 [B, T]; or what `place` makes of them.
 
     Raises:
         UserError: the lanes do not divide the rows. When a batch is read: a document that comes
@@ -63,6 +68,13 @@ def packed_batches(
 def to_rows(batch: HostBatch) -> Rows:
     """The rows of a batch, on device (or traced); every image counts in the loss."""
     start = jnp.asarray(batch["image_start"])
+    views = None
+    if "view_patches" in batch:
+        names = ("view_patches", "view_coordinates", "view_segments")
+        views = Views(
+            *(jnp.asarray(batch[name])[:, None] for name in names),
+            index=jnp.asarray(batch["view_index"]),
+        )
     return Rows(
         tokens=jnp.asarray(batch["tokens"]),
         kinds=jnp.asarray(batch["kinds"]),
@@ -71,19 +83,28 @@ def to_rows(batch: HostBatch) -> Rows:
         text_loss_mask=jnp.asarray(batch["text_loss"]),
         image_start=start,
         image_loss_mask=start >= 0,
+        views=views,
     )
 
 
-def single_batch(documents: list[Document], shape: BatchShape | None = None) -> HostBatch:
+def single_batch(
+    documents: list[Document], shape: BatchShape | None = None, tower: VisionConfig | None = None
+) -> HostBatch:
     """A few documents, one a row, padded at the end; noise seeds are 0 (the caller's to set).
 
-    `shape` defaults to the smallest that holds them.
+    `shape` defaults to the smallest that holds them. `tower` is needed where they have views.
     """
+    views = []
+    if any(d.views for d in documents):
+        if tower is None:
+            raise ValueError("documents with views need the vision tower's config")
+        views = [view_features(d.views, d.kinds, tower) for d in documents]
     if shape is None:
         shape = BatchShape(
             len(documents),
             max(len(d.tokens) for d in documents),
             max(1, max(len(d.images) for d in documents)),
+            places=max((len(v["view_patches"]) for v in views), default=0),
         )
 
     def pad(arrays: list[np.ndarray], size: int) -> np.ndarray:
@@ -103,4 +124,10 @@ def single_batch(documents: list[Document], shape: BatchShape | None = None) -> 
         "images": pad([d.images for d in documents], shape.images),
         "image_seeds": np.zeros((shape.rows, shape.images), np.uint32),
     }
+    if views:
+        for name in ("view_patches", "view_coordinates", "view_pictures"):
+            batch[name] = pad([v[name] for v in views], shape.places)
+        batch["view_index"] = pad([v["view_index"] for v in views], shape.length)
+        owners = [np.ones(len(v["view_patches"]), np.int32) for v in views]
+        batch["view_patches_segment_ids"] = pad(owners, shape.places)
     return finish(batch, shape.images)

@@ -24,12 +24,17 @@ class AttentionSpec:
         lengths: int32 [B] or None; only the first `lengths` positions of a row exist. The others
             are seen by none and are not written to a cache; 0 makes a row wait.
         temperature: [B] or scalar, or None for 1; divides the scores.
+        window: positions come in windows of this many and see their own window only; 0: all of
+            them. With `segments` or alone.
+        whole: bool [] or None; where true, `window` is as if 0.
     """
 
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
+    window: int = dataclasses.field(default=0, metadata={"static": True})
     segments: jax.Array | None = None
     lengths: jax.Array | None = None
     temperature: jax.Array | None = None
+    whole: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -73,8 +78,11 @@ def attend(
         [B, T, K, G, d] in q's dtype. Scores and softmax are in at least float32.
 
     Raises:
-        ValueError: segments together with a past, which holds one segment by construction.
+        ValueError: segments or windows together with a past, which holds one segment by
+            construction; windows together with lengths or a temperature, or that T does not fill.
     """
+    if spec.window:
+        return _attend_in_windows(q, k, v, spec, past)
     if past is not None and spec.segments is not None:
         raise ValueError("a cached row is one segment: pass lengths, not segments, with a cache")
     rows, size, _, _, d = q.shape
@@ -98,3 +106,27 @@ def attend(
     weights = jax.nn.softmax(jnp.concatenate([before, own], axis=-1), axis=-1).astype(v.dtype)
     seen_before = jnp.einsum("bkgts,bskd->btkgd", weights[..., :slots], past.v.astype(v.dtype))
     return seen_before + jnp.einsum("bkgts,bskd->btkgd", weights[..., slots:], v)
+
+
+def _attend_in_windows(
+    q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, past: Past | None
+) -> jax.Array:
+    """`attend` with every window a row of its own: its cost grows with T, not with T^2."""
+    size, window = q.shape[1], spec.window
+    if past is not None or spec.lengths is not None or spec.temperature is not None:
+        raise ValueError("windows go without a cache, lengths and a temperature")
+    if size % window:
+        raise ValueError(f"{size} positions are not whole windows of {window}")
+    unlimited = dataclasses.replace(spec, window=0, whole=None)
+
+    def split(a: jax.Array) -> jax.Array:
+        return a.reshape(-1, window, *a.shape[2:])
+
+    def inside() -> jax.Array:
+        own = None if spec.segments is None else split(spec.segments)
+        limited = dataclasses.replace(unlimited, segments=own)
+        return attend(split(q), split(k), split(v), limited).reshape(q.shape)
+
+    if spec.whole is None:
+        return inside()
+    return jax.lax.cond(spec.whole, lambda: attend(q, k, v, unlimited), inside)

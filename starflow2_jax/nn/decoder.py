@@ -31,6 +31,8 @@ class DecoderConfig:
         mlp: "gelu" (exact, two matrices) or "swiglu" (three).
         final_norm: none, "rms" (gain = weight) or "rms_unit_offset" (gain = 1 + weight).
         remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "full".
+        window: positions per window of local attention; 0: no layer has any.
+        whole_layers: layers that see past the windows.
     """
 
     layers: int
@@ -48,6 +50,8 @@ class DecoderConfig:
     final_norm: Literal["none", "rms", "rms_unit_offset"] = "none"
     final_norm_epsilon: float = 1e-6
     remat: Literal["none", "dots", "full"] = "none"
+    window: int = 0
+    whole_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -203,15 +207,21 @@ class Decoder(nnx.Module):
         x = partition.constrain(x, ("batch", "length", "embed_activation"))
 
         def body(x: jax.Array, layer_and_past: tuple) -> tuple:
-            layer, k, v = layer_and_past
+            layer, k, v, whole = layer_and_past
             past = None if cache is None else attention.Past(k, v, cache["length"])
-            x, kv = layer(x, rotation, spec, past)
+            here = spec
+            if whole is not None:
+                here = dataclasses.replace(spec, window=self.config.window, whole=whole)
+            x, kv = layer(x, rotation, here, past)
             return x, None if cache is None else kv
 
         if self.config.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
         k, v = (None, None) if cache is None else (cache["k"], cache["v"])
-        x, new = jax.lax.scan(body, x, (self.layers, k, v))
+        whole = None
+        if self.config.window:
+            whole = jnp.array([i in self.config.whole_layers for i in range(self.config.layers)])
+        x, new = jax.lax.scan(body, x, (self.layers, k, v, whole))
         if self.final_norm is not None:
             x = self.final_norm(x)
         return x, None if cache is None else _append(cache, *new, spec.lengths)
