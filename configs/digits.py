@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.mesh = group(dict(data=-1, fsdp=1, tensor=1, sequence=1))
     config.log_every = 10
     config.log_seconds = 10.0
-    config.data = group(dict(patch=4, copies=16, raw_share=0.3))
+    config.data = group(dict(patch=4, copies=16, raw_share=0.5))
     config.language_model = group(dict(width=128, layers=3, head_dim=32, mlp_width=384))
     config.flow = group(dict(width=128, head_dim=32, deep_layers=6, shallow_layers=(2, 2)))
     config.stages = group()
@@ -55,17 +55,17 @@ def get_config() -> ml_collections.ConfigDict:
     config.stages.text_to_image = group(
         dict(
             batch=dict(rows=64, length=26, images=1),
-            mixture=dict(draw=5.0, draw_inverted=1.0, neighbour=1.5, story_start=1.5, nothing=1.0),
+            mixture=dict(draw=5.0, draw_inverted=1.2, neighbour=1.5, story_start=1.5, nothing=1.0),
             # The noise leaves only at the end of the last stage: without it, the fine detail of
             # the pixels drowns what the caption has to say.
             optimizer=dict(
-                steps=2800,
+                steps=2600,
                 learning_rate=2e-3,
                 warmup=50,
                 weight_decay=0.1,
                 noise_start=0.25,
-                noise_end=0.03,
-                noise_hold=0.3,
+                noise_end=0.05,
+                noise_hold=0.5,
                 noise_share=1.0,
             ),
         )
@@ -81,14 +81,21 @@ def get_config() -> ml_collections.ConfigDict:
         dict(
             batch=dict(rows=16, length=96, images=4),
             mixture=dict(
-                draw=3.0, neighbour=1.0, nothing=0.7, read=1.5, next=2.5, invert=2.0, story=1.5
+                draw=4.0,
+                draw_inverted=1.0,
+                neighbour=0.7,
+                nothing=0.7,
+                read=1.0,
+                next=2.0,
+                invert=2.5,
+                story=1.0,
             ),
             optimizer=dict(
-                steps=2200,
-                learning_rate=1e-3,
+                steps=2400,
+                learning_rate=8e-4,
                 warmup=50,
                 weight_decay=0.1,
-                noise_start=0.03,
+                noise_start=0.05,
                 noise_end=0.01,
                 noise_share=0.92,
             ),

@@ -51,9 +51,11 @@ def run(args: argparse.Namespace) -> None:
     import jax
 
     from starflow2_jax.data.batches import skipped_log
+    from starflow2_jax.parallel.cpu import claim_devices
     from starflow2_jax.parallel.distributed import join_job
     from starflow2_jax.training import loop
 
+    claim_devices(config.cpu_devices)
     join_job()
     workdir = claim_workdir(args.workdir, config)
     with skipped_log(workdir / f"skipped_records_{jax.process_index()}.log"):

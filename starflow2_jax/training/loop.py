@@ -6,7 +6,6 @@ samples drawn on the way; and at the end `model/`, see `bundle` and `flow_bundle
 
 import dataclasses
 import functools
-import os
 import pathlib
 import resource
 import signal
@@ -26,7 +25,7 @@ from starflow2_jax.data.pipeline import HostBatch
 from starflow2_jax.errors import Interrupted, UserError
 from starflow2_jax.parallel import mesh as meshes
 from starflow2_jax.parallel import rules
-from starflow2_jax.parallel.host_memory import keep_freed_memory
+from starflow2_jax.parallel.cpu import keep_freed_memory
 from starflow2_jax.provenance import git_revision, to_json
 from starflow2_jax.training.checkpoint import Checkpoints, checksum
 from starflow2_jax.training.metrics import MetricsWriter, Progress
@@ -68,7 +67,6 @@ def run(config: ml_collections.ConfigDict, module: types.ModuleType, workdir: pa
         UserError: bad config, damaged checkpoint, changed frozen weights.
         Interrupted: SIGINT or SIGTERM; the state is saved.
     """
-    _claim_devices(config.cpu_devices)
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     try:
@@ -112,15 +110,6 @@ def run(config: ml_collections.ConfigDict, module: types.ModuleType, workdir: pa
 def _frozen_checksum(this: _Run) -> str:
     frozen = this.task.frozen(this.model)
     return "" if frozen is None else checksum(frozen)
-
-
-def _claim_devices(count: int | None) -> None:
-    """On CPU, one device per core: elementwise work runs on one thread per device."""
-    if count is not None and "JAX_NUM_CPU_DEVICES" not in os.environ:
-        jax.config.update("jax_num_cpu_devices", count)
-        # XLA's pool has a thread per core, and a thread that waits in an all-reduce is taken: two
-        # of one device's at a time would leave none to the device that they wait for.
-        os.environ.setdefault("NPROC", str(4 * count))
 
 
 class _Interruptible:

@@ -1,12 +1,31 @@
-"""Memory of the host's own allocator, which the CPU backend's programs work in."""
+"""The CPU backend's devices and threads, and the memory that its programs work in."""
 
 import ctypes
+import os
 import sys
+
+import jax
 
 # Of glibc's <malloc.h>.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _LARGEST = 2**31 - 1
+
+
+def claim_devices(count: int | None) -> None:
+    """Makes the CPU that many devices; to be called before any device is looked at.
+
+    Elementwise work runs on one thread per device, so that one device per core is fastest.
+
+    Args:
+        count: of devices; None leaves them as they are, and so does `JAX_NUM_CPU_DEVICES`.
+    """
+    if count is None or "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
+    jax.config.update("jax_num_cpu_devices", count)
+    # XLA's pool has a thread per core, and a thread that waits in an all-reduce is taken: two of
+    # one device's at a time would leave none to the device that they wait for.
+    os.environ.setdefault("NPROC", str(4 * count))
 
 
 def keep_freed_memory() -> bool:
