@@ -72,7 +72,6 @@ def save_bundle(folder: pathlib.Path, bundle: Bundle) -> None:
         "format_version": FORMAT_VERSION,
         "model": dataclasses.asdict(bundle.model.config),
         "image": dataclasses.asdict(bundle.image),
-        "bands": bundle.codec.bands,
         **bundle.metadata,
     }
     write_json(folder / MODEL_FILE, record)
@@ -94,15 +93,12 @@ def load_bundle(folder: pathlib.Path) -> Bundle:
         version = record["format_version"]
         config = config_from_json(record["model"])
         image = ImageShape(**record["image"])
-        bands = record["bands"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a model description ({error})") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, this package reads {FORMAT_VERSION}")
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Pretzel(config, rngs=nnx.Rngs(0))))
-    patches, values = config.flow.tokens, config.flow.channels
-    if bands:
-        patches, values = values, patches
+    patches, values = config.flow.channels, config.flow.tokens
     codec = {
         "order": jax.ShapeDtypeStruct((patches * values,), jnp.int32),
         "basis": jax.ShapeDtypeStruct((values, values), jnp.float32),
@@ -113,9 +109,7 @@ def load_bundle(folder: pathlib.Path) -> Bundle:
     nnx.replace_by_pure_dict(abstract, arrays["model"])
     return Bundle(
         model=nnx.merge(graphdef, abstract),
-        codec=PatchCodec(
-            **arrays["codec"], shape=(image.height, image.width, image.channels), bands=bands
-        ),
+        codec=PatchCodec(**arrays["codec"], shape=(image.height, image.width, image.channels)),
         tokenizer=load_tokenizer(folder / "tokenizer"),
         image=image,
         metadata=record,

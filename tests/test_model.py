@@ -29,7 +29,7 @@ def model():
         tokenizer.special,
         dtype="float32",
     )
-    codec = fit_patch_codec(IMAGES, 2, bands=True, seed=0)
+    codec = fit_patch_codec(IMAGES, 2, 0)
     return Model(Bundle(tiny.pretzel(config), codec, tokenizer, SHAPE, {"seed": 5}))
 
 

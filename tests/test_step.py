@@ -45,7 +45,7 @@ def setting():
     tokenizer = digits.tokenizer()
     shape = ImageShape(28, 28, 1, 2)
     split = digits.load_splits()["tune"]
-    codec = fit_patch_codec(split.images, 14, bands=False, seed=0)
+    codec = fit_patch_codec(split.images, 2, 0)
     maker = digits.Conversations(split, tokenizer, shape, len(split.labels), 1.0)
     config = PretzelConfig(
         tiny.vlm(vocab_size=tokenizer.vocab_size),

@@ -263,7 +263,7 @@ class DigitsData:
         train = splits["train"]
         self.tokenizer = tokenizer()
         self.image = ImageShape(28, 28, 1, patch)
-        self.codec = fit_patch_codec(train.images, patch, bands=True, seed=seed)
+        self.codec = fit_patch_codec(train.images, patch, seed)
         self._mixtures = mixtures
         raw = len(train.labels)
         self._training = Conversations(

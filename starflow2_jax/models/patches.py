@@ -1,9 +1,9 @@
 """Pixels as latents: an exact linear change of variables of dequantised 8-bit patches.
 
 The pixels p = 2 (k + U[0, 1)) / 256 - 1 of each patch become coefficients (p basis) / divisors, and
-the coefficients are dealt out to tokens. The log-determinant is a constant, so a density of x is a
-density of the 8-bit image. Letters: B images, H, W pixels, P patches of K values, N tokens of C
-channels, N C = P K.
+coefficient n of every patch makes token n: a picture comes from coarse to fine, and its first token
+shows the whole of it. The log-determinant is a constant, so a density of x is a density of the
+8-bit image. Letters: B images, H, W pixels, P patches of K values; N = K tokens of C = P channels.
 """
 
 import dataclasses
@@ -44,34 +44,30 @@ def dequantised(images: jax.Array, uniform: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PatchCodec:
-    """An orthonormal basis of the patches, with a divisor for each coefficient of each patch.
+    """An orthonormal basis of the patches, coarse to fine, and a divisor for each coefficient.
 
     Attributes:
         order: int32 [P * K], the pixel (of the flattened image) at each place of each patch.
         basis: [K, K], orthonormal columns.
         divisors: [P, K], positive.
         shape: (H, W, channels).
-        bands: token n is coefficient n of every patch (N = K, C = P), so that a picture comes from
-            coarse to fine and its first token shows the whole of it; if not, token n is patch n.
     """
 
     order: jax.Array
     basis: jax.Array
     divisors: jax.Array
     shape: tuple[int, int, int] = dataclasses.field(metadata={"static": True})
-    bands: bool = dataclasses.field(metadata={"static": True})
 
     def encode(self, images: jax.Array, uniform: jax.Array) -> jax.Array:
         """uint8 [B, H, W, channels] and U[0, 1) noise of that shape -> x [B, N, C]."""
         pixels = dequantised(images, uniform).reshape(images.shape[0], -1)
         patches = pixels[:, self.order].reshape(images.shape[0], *self.divisors.shape)
         coefficients = patches @ self.basis / self.divisors  # [B, P, K]
-        return coefficients.mT if self.bands else coefficients
+        return coefficients.mT
 
     def decode(self, x: jax.Array) -> jax.Array:
         """x [B, N, C] -> real pixels [B, H, W, channels] on the [-1, 1) scale."""
-        coefficients = x.mT if self.bands else x
-        patches = (coefficients * self.divisors) @ self.basis.T
+        patches = (x.mT * self.divisors) @ self.basis.T
         pixels = patches.reshape(len(x), -1)[:, jnp.argsort(self.order)]
         return pixels.reshape(len(x), *self.shape)
 
@@ -137,7 +133,7 @@ def patch_order(height: int, width: int, channels: int, patch: int) -> np.ndarra
     return grid.reshape(rows * columns, -1)
 
 
-def fit_patch_codec(images: np.ndarray, patch: int, *, bands: bool, seed: int) -> PatchCodec:
+def fit_patch_codec(images: np.ndarray, patch: int, seed: int) -> PatchCodec:
     """Principal axes of the dequantised patches, with root mean squares as divisors.
 
     The axes are those of the images and their negatives taken together, so that the mean is zero
@@ -146,7 +142,6 @@ def fit_patch_codec(images: np.ndarray, patch: int, *, bands: bool, seed: int) -
     Args:
         images: uint8 [B, H, W, channels].
         patch: side of a patch in pixels.
-        bands: see `PatchCodec`.
         seed: of the dequantisation.
 
     Raises:
@@ -164,5 +159,4 @@ def fit_patch_codec(images: np.ndarray, patch: int, *, bands: bool, seed: int) -
         basis=jnp.asarray(basis, jnp.float32),
         divisors=jnp.asarray(np.sqrt(np.square(patches @ basis).mean(0)), jnp.float32),
         shape=images.shape[1:],
-        bands=bands,
     )
