@@ -59,7 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
             # The noise leaves only at the end of the last stage: without it, the fine detail of
             # the pixels drowns what the caption has to say.
             optimizer=dict(
-                steps=2600,
+                steps=2200,
                 learning_rate=2e-3,
                 warmup=50,
                 weight_decay=0.1,
@@ -91,7 +91,7 @@ def get_config() -> ml_collections.ConfigDict:
                 story=1.0,
             ),
             optimizer=dict(
-                steps=2400,
+                steps=2200,
                 learning_rate=8e-4,
                 warmup=50,
                 weight_decay=0.1,

@@ -25,7 +25,7 @@ def claim_devices(count: int | None) -> None:
     jax.config.update("jax_num_cpu_devices", count)
     # XLA's pool has a thread per core, and a thread that waits in an all-reduce is taken: two of
     # one device's at a time would leave none to the device that they wait for.
-    os.environ.setdefault("NPROC", str(4 * count))
+    os.environ.setdefault("NPROC", str(2 * count))
 
 
 def keep_freed_memory() -> bool:
