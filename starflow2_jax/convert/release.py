@@ -1,9 +1,6 @@
 """Released STARFlow and TarFlow checkpoints into model directories, and back, tensor by tensor."""
 
-import contextlib
 import pathlib
-import shutil
-from collections.abc import Iterator
 
 from flax import nnx
 
@@ -16,30 +13,6 @@ from starflow2_jax.models.starflow import ImageFlow, ImageFlowConfig
 
 def _shapes(config: ImageFlowConfig) -> dict[str, tuple[int, ...]]:
     return table.shapes_of(lambda: ImageFlow(config, rngs=nnx.Rngs(0)))
-
-
-@contextlib.contextmanager
-def complete_or_nothing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a folder beside `folder` to write into, which becomes `folder` at the end.
-
-    After an error nothing is left; what a killed process left is removed by the next one.
-
-    Raises:
-        UserError: the folder exists or cannot be written.
-    """
-    folder = folder.expanduser().absolute()
-    if folder.exists():
-        raise UserError(f"{folder} already exists; delete it first, or choose another place")
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def import_checkpoint(
@@ -60,7 +33,7 @@ def import_checkpoint(
             missing, unknown or of a wrong shape or type in one message).
     """
     entries, shapes = starflow.table(config), _shapes(config)
-    with complete_or_nothing(folder) as partial, open_tensors(checkpoint) as whole:
+    with stored.complete_or_nothing(folder) as partial, open_tensors(checkpoint) as whole:
         ignored = starflow.unused(config, list(whole.shapes))
         kept = {name: s for name, s in whole.shapes.items() if name not in set(ignored)}
         source = TensorFile(kept, whole.dtypes, whole.read)

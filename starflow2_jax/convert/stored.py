@@ -4,8 +4,10 @@ Nothing is put together in memory: a stacked parameter is read and written layer
 table by some of its rows.
 """
 
+import contextlib
 import math
 import pathlib
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +24,30 @@ _CHUNK_BYTES = 32 * 2**20
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+@contextlib.contextmanager
+def complete_or_nothing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a folder beside `folder` to write into, which becomes `folder` at the end.
+
+    After an error nothing is left; what a killed process left is removed by the next one.
+
+    Raises:
+        UserError: the folder exists or cannot be written.
+    """
+    folder = folder.expanduser().absolute()
+    if folder.exists():
+        raise UserError(f"{folder} already exists; delete it first, or choose another place")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def problems_of(entries: Sequence[Entry], shapes: Shapes, source: TensorFile) -> list[str]:
