@@ -22,6 +22,7 @@ import numpy as np
 from starflow2_jax.bundle import Bundle, load_bundle
 from starflow2_jax.data.pipeline import BatchShape, HostBatch, single_batch, to_rows
 from starflow2_jax.data.sequences import Document, Turn, encode_turns, unconditional_prompt
+from starflow2_jax.data.views import places_of
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.patches import PatchCodec
 from starflow2_jax.models.pretzel import Pretzel
@@ -207,11 +208,17 @@ class Model:
         seeds = range(len(documents)) if seeds is None else seeds
         longest = max(len(d.tokens) for d in documents)
         most = max(1, max(len(d.images) for d in documents))
-        shape = BatchShape(min(rows, len(documents)), generate.bucket(longest, 8), most)
+        tower = self.pretzel.config.vlm.vision
+        shape = BatchShape(
+            min(rows, len(documents)),
+            generate.bucket(longest, 8),
+            most,
+            self._places(documents),
+        )
         scores = []
         for start in range(0, len(documents), shape.rows):
             part = documents[start : start + shape.rows]
-            batch = single_batch(part, shape)
+            batch = single_batch(part, shape, tower)
             image_total, text_total = 0.0, 0.0
             for draw in range(draws):
                 for row, seed in enumerate(seeds[start : start + shape.rows]):
@@ -246,12 +253,27 @@ class Model:
     def _text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens).strip(" ")
 
+    def _places(self, documents: Sequence[Document]) -> int:
+        """The bucket of places that holds the views of any one document.
+
+        Raises:
+            UserError: views, and the model has no vision tower.
+        """
+        if not any(d.views for d in documents):
+            return 0
+        tower = self.pretzel.config.vlm.vision
+        if tower is None:
+            raise UserError("this model has no vision tower: give images, not views")
+        most = max(sum(places_of(v, tower) for v in d.views) for d in documents)
+        return generate.bucket(most // tower.window_places, 2) * tower.window_places
+
     def _rows(self, prompts: Sequence[Conversation], draw: bool) -> list[Row]:
         documents = []
         for i, turns in enumerate(prompts):
             if not turns or turns[-1].role != "user":
                 raise UserError(f"prompt {i} must end with a user's turn")
             documents.append(self.encode(turns, draw=draw))
+        self._places(documents)  # refuses views without a tower
         images = [image for d in documents for image in d.images]
         seeds = [i for d in documents for i in range(len(d.images))]
         u = self.latents(np.stack(images), seeds) if images else None
@@ -264,7 +286,7 @@ class Model:
                 else np.zeros((0, flow.tokens, flow.channels), np.float32)
             )
             taken += len(d.images)
-            rows.append(Row(d.tokens, d.kinds, d.positions, mine))
+            rows.append(Row(d.tokens, d.kinds, d.positions, mine, d.views))
         return rows
 
     def _options(

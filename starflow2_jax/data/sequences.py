@@ -1,6 +1,9 @@
 """Turns of text and images to one row's tokens, kinds, positions and loss masks.
 
-An image is `<|vision_start|>` + N x `<|image_pad|>` + `<|vision_end|>`.
+An image is `<|vision_start|>` + N x `<|image_pad|>` + `<|vision_end|>`, and so is a view of the
+vision tower, with as many places as it has tokens. What is to be both, understood by the tower and
+part of the likelihood, is written twice: the view, then the image.
+
 Letters: T positions of one document, I its images, N = side^2 tokens per image.
 """
 
@@ -11,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from starflow2_jax.data.tokenizer import Tokenizer
+from starflow2_jax.data.views import View
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import Kind
 
@@ -27,12 +31,12 @@ class Words:
     predicted: bool
 
 
-Part = str | np.ndarray | Words
+Part = str | np.ndarray | Words | View
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One turn: text pieces and images (uint8 [H, W, channels]) in any order."""
+    """One turn: text pieces, images (uint8 [H, W, channels]) and views in any order."""
 
     role: Literal["user", "assistant"]
     parts: tuple[Part, ...]
@@ -66,6 +70,7 @@ class Document:
         positions: int32 [T, 3] (time, row, column).
         text_loss: bool [T], at the target.
         images: uint8 [I, H, W, channels], in order.
+        views: what the vision tower sees, in order.
     """
 
     tokens: np.ndarray
@@ -73,6 +78,13 @@ class Document:
     positions: np.ndarray
     text_loss: np.ndarray
     images: np.ndarray
+    views: tuple[View, ...] = ()
+
+
+def _grid(rows: int, columns: int) -> np.ndarray:
+    """(time, row, column) of the places of an image, from its own first one: int32 [N, 3]."""
+    row, column = np.divmod(np.arange(rows * columns, dtype=np.int32), columns)
+    return np.stack([np.zeros_like(row), row, column], axis=1)
 
 
 class Writer:
@@ -81,13 +93,13 @@ class Writer:
     def __init__(self, tokenizer: Tokenizer, shape: ImageShape) -> None:
         self.special = tokenizer.special
         self.shape = shape
-        rows, columns = np.divmod(np.arange(shape.side**2), shape.side)
-        self._grid = np.stack([np.zeros_like(rows), rows, columns], axis=1).astype(np.int32)
+        self._grid = _grid(shape.side, shape.side)
         self._tokens: list[np.ndarray] = []
         self._kinds: list[np.ndarray] = []
         self._positions: list[np.ndarray] = []
         self._loss: list[np.ndarray] = []
         self._images: list[np.ndarray] = []
+        self._views: list[View] = []
         self._next = 0
 
     def _add(self, tokens: np.ndarray, kind: Kind, positions: np.ndarray, loss: bool) -> None:
@@ -115,6 +127,16 @@ class Writer:
         self._next += self.shape.side
         self.text([self.special.vision_end], loss=False)
 
+    def view(self, view: View) -> None:
+        """Start token, one place for each token of the view, end token; none is ever trained."""
+        grid = _grid(*view.tokens)
+        self.text([self.special.vision_start], loss=False)
+        pads = np.full(len(grid), self.special.image_pad, np.int32)
+        self._add(pads, Kind.VIT, self._next + grid, loss=False)
+        self._views.append(view)
+        self._next += max(view.tokens)
+        self.text([self.special.vision_end], loss=False)
+
     def document(self) -> Document:
         """What was written."""
         loss = np.concatenate(self._loss)
@@ -130,6 +152,7 @@ class Writer:
             np.concatenate(self._positions),
             loss,
             images,
+            tuple(self._views),
         )
 
 
@@ -155,9 +178,11 @@ def encode_turns(
         where: what to call the document in an error.
 
     Raises:
-        UserError: special tokens in a text, an image of another size, or too many positions.
+        UserError: special tokens in a text, an image of another size, a view in an assistant's
+            turn, or too many positions.
     """
     writer, template = Writer(tokenizer, shape), tokenizer.turns
+    writer.text(tokenizer.encode_template(template.begin), loss=False)
     for i, turn in enumerate(turns):
         assistant = turn.role == "assistant"
         opening = template.assistant_open if assistant else template.user_open
@@ -168,6 +193,13 @@ def encode_turns(
         for part in turn.parts:
             if isinstance(part, str):
                 writer.text(tokenizer.encode(part), loss=assistant)
+            elif isinstance(part, View):
+                if assistant:
+                    raise UserError(
+                        f"{where}: turn {i + 1} is the assistant's and holds a view; what the "
+                        "assistant draws is an image, only a user shows views"
+                    )
+                writer.view(part)
             else:
                 if isinstance(part, np.ndarray):
                     shape.check(part, where)

@@ -17,7 +17,7 @@ TURNS_FILE = "turns.json"
 
 @dataclasses.dataclass(frozen=True)
 class Turns:
-    """The chat template: what stands before and after each turn.
+    """The chat template: what stands before and after each turn, and before all of them.
 
     An unconditional prompt is one empty user turn.
     """
@@ -27,8 +27,10 @@ class Turns:
     assistant_open: str = "<|im_start|>assistant\n"
     assistant_close: str = "<|im_end|>"
     between: str = "\n"
+    begin: str = ""
 
 
+QWEN_TURNS = Turns(begin="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
 COMPACT_TURNS = Turns("<|user|>", "", "<|assistant|>", "<|im_end|>", "")
 
 
@@ -104,7 +106,9 @@ def load_tokenizer(folder: pathlib.Path) -> Tokenizer:
     except Exception as error:
         raise UserError(f"{path}: not a tokenizer file ({error})") from error
     turns_path = folder / TURNS_FILE
-    turns = Turns(**json.loads(turns_path.read_text())) if turns_path.is_file() else Turns()
+    turns = QWEN_TURNS
+    if turns_path.is_file():
+        turns = Turns(**json.loads(turns_path.read_text()))
     return Tokenizer(backend, turns)
 
 

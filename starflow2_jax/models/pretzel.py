@@ -1,9 +1,9 @@
 """STARFlow2: a frozen VLM and a deep autoregressive flow over one causal row, coupled by two skips.
 
     u = f_S(x)                                                shallow flow, image by image
-    e = embed(token)   | embed(image_pad) + adapter(u)        TEXT | LATENT
+    e = embed(token)  | embed(image_pad) + adapter(u)  | tower(image)   TEXT | LATENT | VIT
     y = VLM(e)
-    h = P_text y       | P_u u + W_vlm y                      TEXT | LATENT
+    h = P_text y      | P_u u + W_vlm y                | P_text y       TEXT | LATENT | VIT
     g = Deep(h)
     next token:  softmax(LM(y + W_flow g))  |  N(mu(g), sigma(g)^2)
 
@@ -25,6 +25,7 @@ from starflow2_jax.models.flow import (
     ShallowFlow,
     standard_normal_log_prob,
 )
+from starflow2_jax.models.qwen2_5_vision import Views
 from starflow2_jax.models.qwen2_5_vl import LanguageModelConfig, Qwen25VL, qwen2_5_vl_7b
 from starflow2_jax.nn import decoder, layers
 from starflow2_jax.nn.attention import AttentionSpec
@@ -93,6 +94,7 @@ class Rows:
         text_loss_mask: bool [B, T], at the target: this token's -log p is trained.
         image_start: int32 [B, I], index of an image's first LATENT; -1 = no such image.
         image_loss_mask: bool [B, I]: this image's likelihood is trained.
+        views: what stands at VIT; None if there is none.
     """
 
     tokens: jax.Array
@@ -102,6 +104,7 @@ class Rows:
     text_loss_mask: jax.Array
     image_start: jax.Array
     image_loss_mask: jax.Array
+    views: Views | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +204,7 @@ class Pretzel(nnx.Module):
         spec: AttentionSpec,
         parts: Parts = Parts(),
         caches: dict[str, decoder.Cache] | None = None,
+        views: Views | None = None,
     ) -> Streams:
         """Feeds T positions through both streams: a whole row, a prompt, or one decode step.
 
@@ -211,6 +215,7 @@ class Pretzel(nnx.Module):
             spec: who sees whom among the T positions.
             parts: what is computed.
             caches: see `empty_caches`; None for a whole row.
+            views: what stands at VIT positions; None if there is none.
         """
         dtype = jnp.dtype(self.config.dtype)
         latent = (kinds == Kind.LATENT)[..., None]
@@ -218,6 +223,8 @@ class Pretzel(nnx.Module):
         e = self.vlm.embed(tokens, dtype)
         if parts.adapter:
             e = jnp.where(latent, e + self.adapter(u), e)
+        if views is not None:
+            e = jnp.where((kinds == Kind.VIT)[..., None], self.vlm.see(views, dtype), e)
         y, vlm_cache = self.vlm.decode(e, positions, spec, caches and caches["vlm"])
         if not parts.deep:
             return Streams(e, y, None, None, None)
@@ -263,6 +270,7 @@ class Pretzel(nnx.Module):
             u,
             AttentionSpec(causal=True, segments=rows.segments),
             parts,
+            views=rows.views,
         )
         follows = rows.segments[:, 1:] == rows.segments[:, :-1]
         text = follows & (rows.kinds[:, 1:] == Kind.TEXT)

@@ -164,9 +164,10 @@ class Views:
     Attributes:
         patches: [B, K, S, P], normalised pixels of one frame, channel by channel; anything finite
             where there is no patch.
-        coordinates: int32 [2, B, K, S], row and column of each patch in its picture.
+        coordinates: int32 [B, K, S, 2], row and column of each patch in its picture.
         segments: int32 [B, K, S]; pictures of one tower row, from 1; 0 where there is no patch.
-        index: int32 [B, T], which of the K x M tokens of the row stands at a position; -1: none.
+        index: int32 [B, T], the token that stands at a position, as the place of its first patch
+            among the row's K x S; -1: none.
     """
 
     patches: jax.Array
@@ -208,7 +209,7 @@ class VisionTower(nnx.Module):
 
         Args:
             patches: [R, S, P]; their dtype is the compute dtype.
-            coordinates: int32 [2, R, S].
+            coordinates: int32 [R, S, 2].
             segments: int32 [R, S].
 
         Returns:
@@ -216,7 +217,7 @@ class VisionTower(nnx.Module):
         """
         quarter = self.config.width // self.config.heads // 4
         angles = rope.angles_ladder_per_axis(
-            coordinates,
+            jnp.moveaxis(coordinates, -1, 0),
             (quarter, quarter),
             self.config.rope_theta,
             layers.at_least_float32(patches.dtype),
@@ -233,11 +234,9 @@ class VisionTower(nnx.Module):
 
     def __call__(self, views: Views, dtype: jnp.dtype) -> jax.Array:
         """What the rows see: [B, K * M, Dv] in `dtype`."""
-        b, k, s, _ = views.patches.shape
-        flat = lambda a: a.reshape(*a.shape[: a.ndim - 3], b * k, s)
+        b, k = views.segments.shape[:2]
+        flat = lambda a: a.reshape(b * k, *a.shape[2:])
         hidden = self.encode(
-            views.patches.astype(dtype).reshape(b * k, s, -1),
-            flat(views.coordinates),
-            flat(views.segments),
+            flat(views.patches).astype(dtype), flat(views.coordinates), flat(views.segments)
         )
         return self.merge(hidden).reshape(b, -1, self.config.out_width)

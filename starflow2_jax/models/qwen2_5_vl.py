@@ -259,7 +259,7 @@ class Qwen25VL(nnx.Module):
         if self.tower is None:
             raise ValueError("this model has no vision tower")
         tokens = self.tower(views, dtype)  # [B, K M, D]
-        place = jnp.maximum(views.index, 0)[..., None]
+        place = (jnp.maximum(views.index, 0) // self.config.vision.merge**2)[..., None]
         seen = jnp.where(views.index[..., None] >= 0, jnp.take_along_axis(tokens, place, 1), 0)
         return partition.constrain(seen, ("batch", "length", "embed_activation"))
 

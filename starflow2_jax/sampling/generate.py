@@ -187,7 +187,7 @@ def _begin(
     images = bucket(max(FEWEST_IMAGES, int(np.asarray(settings.max_images).max())), parts=2)
     if settings.noise is not None:
         images = max(images, settings.noise.shape[1])
-    prompt = padded([*rows, *[_padding_row(config)] * extra], length)
+    prompt = padded([*rows, *[_padding_row(config)] * extra], length, config.vlm.vision)
     state = step.prefill(
         model, prompt, settings, slots=slots, images=images, unconditional=unconditional
     )

@@ -6,10 +6,13 @@ Letters: B rows, T positions, I images, N tokens per image (side^2), C latent ch
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starflow2_jax.data.views import View, pack_views
 from starflow2_jax.models.pretzel import Kind, PretzelConfig, Rows
+from starflow2_jax.models.qwen2_5_vision import VisionConfig
 from starflow2_jax.sampling.state import Prompt
 
 
@@ -35,12 +38,16 @@ Piece = Text | Image
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Row:
-    """One row without padding: tokens, kinds int32 [T], positions int32 [T, 3], u [I, N, C]."""
+    """One row without padding: tokens, kinds int32 [T], positions int32 [T, 3], u [I, N, C].
+
+    `views` are what stands at its VIT positions, in order.
+    """
 
     tokens: np.ndarray
     kinds: np.ndarray
     positions: np.ndarray
     u: np.ndarray
+    views: tuple[View, ...] = ()
 
     def __len__(self) -> int:
         """T."""
@@ -89,15 +96,23 @@ def extended(row: Row | None, pieces: Sequence[Piece], config: PretzelConfig) ->
         np.concatenate(kinds).astype(np.int32),
         np.concatenate(positions).astype(np.int32),
         np.concatenate(images),
+        row.views,
     )
 
 
-def padded(rows: Sequence[Row], length: int | None = None) -> Prompt:
+def padded(
+    rows: Sequence[Row], length: int | None = None, tower: VisionConfig | None = None
+) -> Prompt:
     """A batch of rows, padded on the right to `length` (default: the longest).
 
+    Args:
+        rows: not empty ones.
+        length: of the result.
+        tower: the vision tower that rows with views need.
+
     Raises:
-        ValueError: an empty row, a row longer than `length`, or one whose LATENT positions are not
-            those of its images.
+        ValueError: an empty row, a row longer than `length`, one whose LATENT or VIT positions are
+            not those of its images and views, or views without a tower.
     """
     lengths = [len(row) for row in rows]
     length = length or max(lengths)
@@ -120,6 +135,12 @@ def padded(rows: Sequence[Row], length: int | None = None) -> Prompt:
         positions[:, b, : len(row)] = row.positions.T
         image_start[b, : len(row.u)] = latent[::size]
         u[b, : len(row.u)] = row.u
+    views = None
+    if any(row.views for row in rows):
+        if tower is None:
+            raise ValueError("the rows have views, but the model has no vision tower")
+        packed = pack_views([row.views for row in rows], kinds, tower)
+        views = jax.tree.map(jnp.asarray, packed)
     return Prompt(
         tokens=jnp.asarray(tokens),
         kinds=jnp.asarray(kinds),
@@ -127,6 +148,7 @@ def padded(rows: Sequence[Row], length: int | None = None) -> Prompt:
         lengths=jnp.asarray(lengths, jnp.int32),
         image_start=jnp.asarray(image_start),
         u=jnp.asarray(u) if images else None,
+        views=views,
     )
 
 
@@ -141,4 +163,5 @@ def scored(prompt: Prompt) -> Rows:
         text_loss_mask=jnp.zeros_like(exists),
         image_start=prompt.image_start,
         image_loss_mask=jnp.zeros(prompt.image_start.shape, bool),
+        views=prompt.views,
     )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starflow2_jax.models.qwen2_5_vision import Views
 from starflow2_jax.nn.decoder import Cache
 
 
@@ -97,6 +98,7 @@ class Prompt:
         lengths: int32 [B], at least 1. A row that ends with `<|vision_start|>` starts to draw.
         image_start: int32 [B, I], index of an image's first LATENT; -1 = no such image.
         u: [B, I, N, C], the images as latents of the deep stream; None if there are none.
+        views: what stands at VIT positions; None if there is none.
     """
 
     tokens: jax.Array
@@ -105,6 +107,7 @@ class Prompt:
     lengths: jax.Array
     image_start: jax.Array
     u: jax.Array | None = None
+    views: Views | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -92,7 +92,9 @@ def prefill(
         u = spread_images(prompt.u.astype(wide), prompt.image_start, length)
     spec = AttentionSpec(lengths=prompt.lengths)
     caches = _empty_caches(model, rows, length)
-    streams = model.run(prompt.tokens, prompt.kinds, prompt.positions, u, spec, caches=caches)
+    streams = model.run(
+        prompt.tokens, prompt.kinds, prompt.positions, u, spec, caches=caches, views=prompt.views
+    )
     caches = _with_slots(streams.caches, slots)
     y, g = _at_end(streams.y, prompt.lengths), _at_end(streams.g, prompt.lengths)
     # Text: its id + 1. An image's last token: the image's first id + side.
