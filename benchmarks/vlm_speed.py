@@ -2,10 +2,10 @@
 
     python benchmarks/vlm_speed.py --json FILE
 
-The same random weights, float32, greedy. Theirs is `generate` as it comes: cache, sdpa. Each pair is
-measured one right after the other, in alternating order, two threads each, so that a busy machine
-slows both alike; a ratio is the median over the pairs, above 1 where ours is faster.
-Prefill: from the call until the logits of the first new token are there. Decode: 64 tokens after it.
+The same random weights, float32, greedy, two threads each. Theirs is `generate` as it comes: cache,
+sdpa. The two of a pair are measured one right after the other, in alternating order, so that a busy
+machine slows both alike; a ratio is the median over the pairs, above 1 where ours is faster.
+Prefill: from the call until the logits of the first new token. Decode: the 64 tokens after it.
 """
 
 import argparse
@@ -16,11 +16,6 @@ import statistics
 import time
 from collections.abc import Callable
 from typing import Any
-
-THREADS = 2
-# Before torch and jax count the processors.
-os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +29,7 @@ from starflow2_jax.models.qwen2_5_vl import LanguageModelConfig, Qwen25VL
 from starflow2_jax.nn.decoder import empty_cache
 from starflow2_jax.sampling import write
 
-PAIRS, TOKENS = 5, 64
+THREADS, PAIRS, TOKENS = 2, 5, 64
 PROMPTS, BATCHES = (64, 512), (1, 8)
 CONFIG = LanguageModelConfig(
     vocab_size=32000,
@@ -194,6 +189,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE", help="writes the rows")
     args = parser.parse_args()
+    # Before the backend counts the processors.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
+    jax.config.update("jax_platforms", "cpu")
     torch.set_num_threads(THREADS)
     theirs = their_model()
     ours = our_model(theirs)

@@ -32,7 +32,7 @@ FORMAT_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Vlm:
+class VlmBundle:
     """What the directory holds.
 
     Attributes:
@@ -83,7 +83,7 @@ def read_description(folder: pathlib.Path) -> tuple[LanguageModelConfig, dict[st
         raise UserError(f"{path} is not the description of a VLM ({error!r})") from error
 
 
-def load_vlm(folder: pathlib.Path, dtype: str | None = None, mesh: Mesh | None = None) -> Vlm:
+def load_vlm(folder: pathlib.Path, dtype: str | None = None, mesh: Mesh | None = None) -> VlmBundle:
     """Reads a directory.
 
     Args:
@@ -116,4 +116,4 @@ def load_vlm(folder: pathlib.Path, dtype: str | None = None, mesh: Mesh | None =
     arrays, _ = load_tree(weights, tree)
     nnx.replace_by_pure_dict(abstract, arrays)
     model = nnx.merge(graphdef, abstract)
-    return Vlm(model, load_tokenizer(folder / HF_FILES), folder / HF_FILES, record)
+    return VlmBundle(model, load_tokenizer(folder / HF_FILES), folder / HF_FILES, record)
