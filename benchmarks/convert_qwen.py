@@ -54,6 +54,7 @@ def write_checkpoint(folder: pathlib.Path) -> None:
             "num_hidden_layers": 28,
             "num_attention_heads": 28,
             "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-6,
         },
         vision_config={"hidden_size": 1280, "out_hidden_size": 3584},
         tie_word_embeddings=False,
