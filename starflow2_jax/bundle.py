@@ -18,11 +18,10 @@ from flax import nnx
 from starflow2_jax.data.sequences import ImageShape
 from starflow2_jax.data.tokenizer import Tokenizer, load_tokenizer
 from starflow2_jax.errors import UserError
+from starflow2_jax.models import qwen2_5_vl
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.patches import PatchCodec
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, SpecialTokens
-from starflow2_jax.models.qwen2_5_vision import VisionConfig
-from starflow2_jax.models.qwen2_5_vl import LanguageModelConfig
 from starflow2_jax.parallel.distributed import fetch
 from starflow2_jax.provenance import write_json
 from starflow2_jax.training.checkpoint import load_tree, save_tree
@@ -47,13 +46,8 @@ def config_from_json(record: Mapping[str, Any]) -> PretzelConfig:
     flow = dict(record["flow"])
     for key in ("shallow_layers", "shallow_orders"):
         flow[key] = tuple(flow[key])
-    vlm = dict(record["vlm"])
-    if vlm.get("vision") is not None:
-        vision = dict(vlm["vision"])
-        vision["full_layers"] = tuple(vision["full_layers"])
-        vlm["vision"] = VisionConfig(**vision)
     return PretzelConfig(
-        vlm=LanguageModelConfig(**vlm),
+        vlm=qwen2_5_vl.from_json(record["vlm"]),
         flow=FlowConfig(**flow),
         special=SpecialTokens(**record["special"]),
         dtype=record["dtype"],

@@ -16,12 +16,12 @@ from safetensors.numpy import save_file
 
 from starflow2_jax import flow_bundle
 from starflow2_jax.cli.main import main
-from starflow2_jax.convert import release, table
+from starflow2_jax.convert import release, stored, table
 from starflow2_jax.convert import starflow as convert
 from starflow2_jax.errors import UserError
 from starflow2_jax.models import starflow
 from starflow2_jax.training.checkpoint import load_tree, save_tree
-from starflow2_jax.training.piecewise import open_array
+from starflow2_jax.training.piecewise import Pieces, chunk_shape, open_array
 
 
 def golden(name):
@@ -62,7 +62,7 @@ def without_buffers(tensors):
 def pieces(request, monkeypatch):
     """Arrays stored in one piece, as tiny ones are, and in many."""
     if request.param:
-        monkeypatch.setattr(release, "_CHUNK_BYTES", request.param)
+        monkeypatch.setattr(stored, "_CHUNK_BYTES", request.param)
 
 
 @pytest.mark.usefixtures("pieces")
@@ -196,17 +196,30 @@ def test_large_stacks_are_stored_layer_by_layer(tmp_path):
     rng = np.random.default_rng(0)
     tree = {
         "stack": rng.normal(size=(3, 300, 700)),  # over 1 MiB a layer
-        "wide": rng.normal(size=(5000, 30)),
+        "wide": rng.normal(size=(5003, 30)),
         "small": rng.normal(size=(7,)).astype(ml_dtypes.bfloat16),
         "scalar": np.array(3.0),
     }
-    save_tree(tmp_path / "tree", tree, {}, chunk_bytes=200_000)
+
+    def pieces(a):
+        chunk = chunk_shape(a.shape, a.itemsize, 200_000)
+        return Pieces(a.shape, a.dtype, chunk, lambda i, j: a[i:j] if a.ndim else a)
+
+    save_tree(tmp_path / "tree", {name: pieces(a) for name, a in tree.items()}, {})
     store = open_array(tmp_path / "tree", ("stack",))
-    assert store.chunk_layout.read_chunk.shape[0] == 1
+    assert store.chunk_layout.read_chunk.shape == (1, 35, 700)
     np.testing.assert_array_equal(store[1].read().result(), tree["stack"][1])
     loaded, _ = load_tree(tmp_path / "tree")
     jax.tree.map(np.testing.assert_array_equal, loaded, tree)
     assert loaded["small"].dtype == ml_dtypes.bfloat16
+
+
+def test_pieces_do_not_cross_the_cuts_of_their_readers():
+    assert chunk_shape((28, 3584, 1024), 2, 2**40) == (28, 3584, 1024)
+    assert chunk_shape((28, 3584, 1024), 2, 2**20, (1, 8, 2)) == (2, 448, 512)
+    assert chunk_shape((28, 3584, 1024), 2, 10**5, (1, 8, 2)) == (1, 64, 512)
+    assert chunk_shape((5003, 30), 2, 6000, (1, 1)) == (100, 30)
+    assert chunk_shape((), 4, 1) == ()
 
 
 def test_damaged_weights_are_named(tmp_path, source):
@@ -228,7 +241,7 @@ def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch, source):
     def fails(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(release, "save_tree", fails)
+    monkeypatch.setattr(stored, "save_tree", fails)
     with pytest.raises(UserError, match="disk full"):
         release.import_checkpoint(config, tmp_path / "in.pth", tmp_path / "model")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["arguments.json", "in.pth"]

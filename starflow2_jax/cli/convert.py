@@ -1,5 +1,7 @@
 """Convert weights of other releases to model directories, and back.
 
+qwen2_5_vl: a Hugging Face folder of Qwen2.5-VL to a model directory; a model directory back to a
+folder that `transformers` loads.
 starflow, tarflow: a checkpoint of the released image models (.pth, which needs torch, or
 .safetensors) to a model directory; a model directory back to .safetensors.
 """
@@ -25,6 +27,17 @@ examples:
 sizes: {sizes}
 
 --config-json holds the arguments of the released model's constructor: {arguments}
+
+exit codes: 0 done; 2 bad input, with nothing written
+"""
+
+_QWEN_EPILOG = """\
+examples:
+  starflow2 convert qwen2_5_vl Qwen2.5-VL-7B-Instruct --out DIR
+  starflow2 convert qwen2_5_vl Qwen2.5-VL-7B-Instruct --out DIR --mesh fsdp=8,tensor=2
+  starflow2 convert qwen2_5_vl DIR --to hf --out FOLDER
+
+Tensors keep their types. They are read and written one after another: a few are in memory.
 
 exit codes: 0 done; 2 bad input, with nothing written
 """
@@ -78,15 +91,53 @@ def configure(parser: argparse.ArgumentParser) -> None:
         shape = kind.add_mutually_exclusive_group()
         shape.add_argument("--size", choices=sizes, metavar="NAME", help="a published model")
         shape.add_argument("--config-json", metavar="FILE", help="the model's arguments")
-        kind.set_defaults(family=family)
+        kind.set_defaults(family=family, convert=_convert_release)
+    qwen = kinds.add_parser(
+        "qwen2_5_vl",
+        help="a Qwen2.5-VL of any size",
+        epilog=_QWEN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    qwen.add_argument("folder", metavar="FOLDER", help="Hugging Face folder, or model directory")
+    qwen.add_argument("--out", metavar="DIR", required=True, help="folder to make")
+    qwen.add_argument("--to", choices=("hf",), help="back from a model directory")
+    qwen.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="store arrays in the pieces that this mesh's devices load (data, fsdp, tensor, "
+        "sequence); any other mesh can load them too",
+    )
+    qwen.set_defaults(convert=_convert_qwen)
 
 
 def run(args: argparse.Namespace) -> None:
     """Converts; prints what was passed over.
 
     Raises:
-        UserError: see `convert.release`.
+        UserError: see `convert.release`, `convert.qwen2_5_vl`.
     """
+    args.convert(args)
+
+
+def _convert_qwen(args: argparse.Namespace) -> None:
+    from starflow2_jax.convert import qwen2_5_vl
+    from starflow2_jax.parallel.mesh import parse_mesh
+
+    folder, out = pathlib.Path(args.folder), pathlib.Path(args.out)
+    if args.to == "hf":
+        if args.mesh is not None:
+            raise UserError("--mesh says how a model directory is stored; --to hf makes none")
+        qwen2_5_vl.export_folder(folder, out)
+    else:
+        mesh = None if args.mesh is None else parse_mesh(args.mesh)
+        ignored = qwen2_5_vl.import_folder(folder, out, mesh)
+        if ignored:
+            print(f"passed over, not used by the model: {', '.join(ignored)}")
+    print(f"wrote {out}")
+
+
+def _convert_release(args: argparse.Namespace) -> None:
     from starflow2_jax.convert import release
 
     checkpoint, out = pathlib.Path(args.checkpoint), pathlib.Path(args.out)

@@ -145,10 +145,14 @@ def by_path(state: nnx.State) -> dict[str, jax.Array]:
     return {_path(k): v[...] for k, v in nnx.to_flat_state(state)}
 
 
+def shapes_in(state: nnx.State) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of a state, by dotted path."""
+    return {_path(k): tuple(v.shape) for k, v in nnx.to_flat_state(state)}
+
+
 def shapes_of(make_model: Callable[[], nnx.Module]) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of a model that is not made, by dotted path."""
-    state = nnx.state(nnx.eval_shape(make_model))
-    return {_path(k): tuple(v.shape) for k, v in nnx.to_flat_state(state)}
+    return shapes_in(nnx.state(nnx.eval_shape(make_model)))
 
 
 def source_shapes(

@@ -213,6 +213,16 @@ def from_hf(record: Mapping[str, Any]) -> LanguageModelConfig:
     )
 
 
+def from_json(record: Mapping[str, Any]) -> LanguageModelConfig:
+    """The inverse of `dataclasses.asdict` of a `LanguageModelConfig`."""
+    fields = dict(record)
+    if fields.get("vision") is not None:
+        vision = dict(fields["vision"])
+        vision["full_layers"] = tuple(vision["full_layers"])
+        fields["vision"] = VisionConfig(**vision)
+    return LanguageModelConfig(**fields)
+
+
 class Qwen25VL(nnx.Module):
     """The frozen stream."""
 

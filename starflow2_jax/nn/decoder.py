@@ -6,6 +6,7 @@ M cache slots.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -134,7 +135,11 @@ class DecoderLayer(nnx.Module):
 
 
 def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """A cache of `slots` positions: k, v [L, B, M, K, d] and length int32 [B]."""
+    """A cache of `slots` positions: k, v [L, B, M, K, d] and length int32 [B].
+
+    One of no slots is the start of a prompt: the call it is given to attends to nothing but its own
+    T positions, and returns a cache of T slots.
+    """
     shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
     return {
         "k": jnp.zeros(shape, dtype),
@@ -151,6 +156,9 @@ def _append(cache: Cache, k: jax.Array, v: jax.Array, lengths: jax.Array | None)
     rows, size = k.shape[1], k.shape[2]
     slots = cache["k"].shape[2]
     taken = jnp.full((rows,), size, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+    if not slots:
+        dtype = cache["k"].dtype
+        return {"k": k.astype(dtype), "v": v.astype(dtype), "length": taken}
     offset = jnp.arange(size, dtype=jnp.int32)
     slot = jnp.where(
         offset[None] < taken[:, None], cache["length"][:, None] + offset[None], slots
@@ -165,6 +173,27 @@ def _append(cache: Cache, k: jax.Array, v: jax.Array, lengths: jax.Array | None)
         "v": write(cache["v"], v),
         "length": cache["length"] + taken,
     }
+
+
+def with_slots(cache: Cache, slots: int) -> Cache:
+    """The cache, grown to `slots` slots per row."""
+    more = max(0, slots - cache["k"].shape[2])
+    grow = lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0)))
+    return {"k": grow(cache["k"]), "v": grow(cache["v"]), "length": cache["length"]}
+
+
+def _at(stack: Any, layer: int) -> Any:
+    return jax.tree.map(lambda a: a[layer], stack)
+
+
+def _looped(body: Callable, x: jax.Array, xs: tuple, count: int) -> tuple:
+    """`jax.lax.scan`, written out, over unstacked layers and stacks of the rest."""
+    layer_list, *stacks = xs
+    outputs = []
+    for i in range(count):
+        x, y = body(x, (layer_list[i], *_at(stacks, i)))
+        outputs.append(y)
+    return x, jax.tree.map(lambda *ys: jnp.stack(ys), *outputs)
 
 
 class Decoder(nnx.Module):
@@ -183,6 +212,18 @@ class Decoder(nnx.Module):
                 unit_offset=config.final_norm == "rms_unit_offset",
             )
         )
+
+    def unstacked(self) -> "Decoder":
+        """The same function, each layer's parameters in arrays of their own, and no scan.
+
+        For decoding on a CPU: there a scan copies the parameters of each layer out of the stack,
+        which takes as long as reading them for a product with one position. Holds the parameters a
+        second time unless the stack is let go of.
+        """
+        graphdef, state = nnx.split(self)
+        apart = nnx.merge(graphdef, state)
+        apart.layers = nnx.List([_at(self.layers, i) for i in range(self.config.layers)])
+        return apart
 
     def __call__(
         self,
@@ -208,7 +249,8 @@ class Decoder(nnx.Module):
 
         def body(x: jax.Array, layer_and_past: tuple) -> tuple:
             layer, k, v, whole = layer_and_past
-            past = None if cache is None else attention.Past(k, v, cache["length"])
+            fresh = cache is None or not cache["k"].shape[2]
+            past = None if fresh else attention.Past(k, v, cache["length"])
             here = spec
             if whole is not None:
                 here = dataclasses.replace(spec, window=self.config.window, whole=whole)
@@ -221,7 +263,10 @@ class Decoder(nnx.Module):
         whole = None
         if self.config.window:
             whole = jnp.array([i in self.config.whole_layers for i in range(self.config.layers)])
-        x, new = jax.lax.scan(body, x, (self.layers, k, v, whole))
+        if isinstance(self.layers, nnx.List):
+            x, new = _looped(body, x, (self.layers, k, v, whole), self.config.layers)
+        else:
+            x, new = jax.lax.scan(body, x, (self.layers, k, v, whole))
         if self.final_norm is not None:
             x = self.final_norm(x)
         return x, None if cache is None else _append(cache, *new, spec.lengths)

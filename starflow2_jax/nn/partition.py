@@ -29,7 +29,8 @@ def use_rules(rules: Mapping[str, MeshAxes]) -> Iterator[None]:
         _rules.reset(token)
 
 
-def _extent(mesh_shape: Mapping[str, int], axes: MeshAxes) -> int:
+def extent(mesh_shape: Mapping[str, int], axes: MeshAxes) -> int:
+    """How many shards these mesh axes make of an array's axis."""
     names = (axes,) if isinstance(axes, str) else (axes or ())
     return math.prod(mesh_shape[name] for name in names)
 
@@ -39,7 +40,7 @@ def axis_extent(name: str) -> int:
     rules = _rules.get()
     if rules is None:
         return 1
-    return _extent(jax.sharding.get_abstract_mesh().shape, rules.get(name))
+    return extent(jax.sharding.get_abstract_mesh().shape, rules.get(name))
 
 
 def spec(
@@ -60,7 +61,7 @@ def spec(
     entries: list[MeshAxes] = [None] * lead
     for name, size in zip(names, shape[lead:], strict=True):
         axes = None if name is None else rules[name]
-        entries.append(axes if size % _extent(mesh_shape, axes) == 0 else None)
+        entries.append(axes if size % extent(mesh_shape, axes) == 0 else None)
     return PartitionSpec(*entries)
 
 

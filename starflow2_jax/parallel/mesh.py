@@ -14,6 +14,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from starflow2_jax.errors import UserError
+
 AXES = ("data", "fsdp", "tensor", "sequence")
 
 
@@ -59,6 +61,24 @@ class MeshConfig:
                 f"mesh ({text}): the sizes multiply to {known}, but there are {devices} devices"
             )
         return sizes
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """A mesh from the command line, `fsdp=8,tensor=2`: the size of every axis, 1 where not given.
+
+    Raises:
+        UserError: it is no such text.
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        if name not in sizes or not number.isdecimal() or int(number) < 1:
+            raise UserError(
+                f"mesh {text!r}: {part!r} is no axis with its size; expected for example "
+                f"fsdp=8,tensor=2 (axes: {', '.join(AXES)})"
+            )
+        sizes[name] = int(number)
+    return sizes
 
 
 def _across_slices(sizes: Sequence[int], slices: int) -> tuple[int, int, int, int]:

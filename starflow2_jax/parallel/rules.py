@@ -1,7 +1,7 @@
 """The one table of logical axis -> mesh axes, and the shardings that follow from it."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -63,6 +63,24 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         KeyError: a logical name that the table does not have.
     """
     return jax.tree.map(lambda leaf: _sharding(leaf, mesh), tree, is_leaf=_is_variable)
+
+
+def shards(state: nnx.State, mesh_shape: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Into how many parts each axis of each parameter is cut on a mesh of these sizes.
+
+    Args:
+        state: of parameters or their shapes.
+        mesh_shape: mesh axis -> size; no devices are needed.
+
+    Returns:
+        By dotted path, a number for each axis.
+    """
+    cut = {}
+    for path, leaf in nnx.to_flat_state(state):
+        names = leaf.get_metadata().get("logical", ())
+        spec = partition.spec(names, leaf.shape, RULES, mesh_shape)
+        cut[".".join(map(str, path))] = tuple(partition.extent(mesh_shape, a) for a in spec)
+    return cut
 
 
 def abstract(tree: Any, mesh: Mesh) -> Any:

@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from starflow2_jax.errors import UserError
-from starflow2_jax.training.piecewise import in_pieces, piecewise_checkpointer
+from starflow2_jax.training.piecewise import Pieces, piecewise_checkpointer
 
 FORMAT_VERSION = 1
 """Of checkpoints and exports; raised when what they hold changes its meaning."""
@@ -460,7 +460,6 @@ def save_tree(
     tree: Any,
     metadata: Mapping[str, Any],
     overwrite: bool = False,
-    chunk_bytes: int | None = None,
 ) -> None:
     """Writes a tree of arrays (final weights, a frozen model) as one directory.
 
@@ -469,12 +468,10 @@ def save_tree(
 
     Args:
         path: of the directory to make.
-        tree: pytree of arrays.
+        tree: pytree of arrays; or of `piecewise.Pieces`, which are read and written one after
+            another, by their paths in sorted order.
         metadata: JSON types.
         overwrite: replaces what is at `path`, once the new tree is complete.
-        chunk_bytes: of the pieces that arrays are stored in. The leaves are then numpy arrays, and
-            written one piece after another: they may lie in mapped files. None: arrays in one
-            piece, all at once.
 
     Raises:
         UserError: `path` exists and is not to be replaced; the files cannot be written.
@@ -484,17 +481,15 @@ def save_tree(
         raise UserError(f"{path} already exists; delete it first, or choose another place")
     fresh = path.with_name(f".{path.name}.new") if path.exists() else path
     nested = _nest(_flatten(tree))
-    save_args, make = None, _tree_checkpointer
-    if chunk_bytes is not None:
-        save_args = jax.tree.map(lambda leaf: in_pieces(leaf, chunk_bytes), nested)
-        make = piecewise_checkpointer
+    in_pieces = any(isinstance(leaf, Pieces) for leaf in jax.tree.leaves(nested))
+    make = piecewise_checkpointer if in_pieces else _tree_checkpointer
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(make()) as checkpointer:
             checkpointer.save(
                 fresh,
                 args=ocp.args.Composite(
-                    tree=ocp.args.PyTreeSave(nested, save_args),
+                    tree=ocp.args.PyTreeSave(nested),
                     metadata=ocp.args.JsonSave(_with_version(metadata)),
                 ),
                 force=overwrite,
@@ -585,17 +580,43 @@ def _chunks(leaf: Any) -> Iterator[np.ndarray]:
         yield np.asarray(part.addressable_data(0))
 
 
+class TreeDigest:
+    """SHA-256 of a tree's paths, shapes, dtypes and bytes, leaf after leaf in sorted order."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._last: Path = ()
+
+    def start(self, path: Path, shape: Sequence[int], dtype: np.dtype) -> None:
+        """The next leaf.
+
+        Raises:
+            ValueError: its path does not follow the last one's.
+        """
+        if path <= self._last:
+            raise ValueError(f"{path} does not follow {self._last}")
+        self._last = path
+        self._digest.update(json.dumps([path, list(shape), np.dtype(dtype).name]).encode())
+
+    def add(self, part: np.ndarray) -> None:
+        """The leaf's next rows."""
+        # As bytes, since the buffer protocol knows no bfloat16.
+        self._digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8))
+
+    def hexdigest(self) -> str:
+        """In hexadecimal."""
+        return self._digest.hexdigest()
+
+
 def checksum(tree: Any) -> str:
     """SHA-256, in hexadecimal, of a tree's paths, shapes, dtypes and bytes.
 
     The same for numpy and JAX arrays, on any mesh and host count, and for keys 1 and "1". At most
     one leaf at a time is on the host. In a job of several processes all of them make the call.
     """
-    digest = hashlib.sha256()
+    digest = TreeDigest()
     for path, leaf in sorted(_flatten(tree).items(), key=lambda item: item[0]):
-        dtype = np.dtype(leaf.dtype)
-        digest.update(json.dumps([path, list(leaf.shape), dtype.name]).encode())
+        digest.start(path, leaf.shape, leaf.dtype)
         for part in _chunks(leaf):
-            # As bytes, since the buffer protocol knows no bfloat16.
-            digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8))
+            digest.add(part)
     return digest.hexdigest()

@@ -1,8 +1,10 @@
 """Arrays on disk piece by piece, so that memory holds a few pieces: both directions."""
 
 import asyncio
+import dataclasses
+import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +13,63 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 
-class PiecewiseNumpyHandler(ocp.type_handlers.NumpyHandler):
-    """Orbax's handler of numpy arrays, without its copies, one chunk row after another.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pieces:
+    """An array that is read while it is written, some rows of its leading axis at a time.
+
+    Attributes:
+        shape, dtype: of the whole.
+        chunk: shape of the pieces on disk.
+        read: rows [start, stop) of the leading axis; of an array without axes, the array.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunk: tuple[int, ...]
+    read: Callable[[int, int], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+
+def chunk_shape(
+    shape: Sequence[int], itemsize: int, most_bytes: int, shards: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """Pieces of at most `most_bytes` where they can be cut so, leading axes first.
+
+    Args:
+        shape: of the array.
+        itemsize: bytes of an element.
+        most_bytes: of a piece.
+        shards: into how many each axis is cut by those who will read it: no piece crosses a cut.
+    """
+    shards = shards or (1,) * len(shape)
+    chunk = [size // parts for size, parts in zip(shape, shards, strict=True)]
+    for axis, size in enumerate(chunk):
+        over = math.prod(chunk) * itemsize / most_bytes
+        if over <= 1:
+            break
+        most = max(1, int(size / over))
+        # Inside a shard they are of one size, so that none crosses its border.
+        even = (part for part in range(most, 0, -1) if size % part == 0)
+        chunk[axis] = most if shards[axis] == 1 else next(even)
+    return tuple(chunk)
+
+
+class PiecewiseHandler(ocp.type_handlers.NumpyHandler):
+    """Orbax's handler for `Pieces`: one after another, in the order of their paths.
 
     Orbax itself writes all arrays side by side, each in one go.
     """
@@ -22,30 +79,23 @@ class PiecewiseNumpyHandler(ocp.type_handlers.NumpyHandler):
         self._turn = asyncio.Lock()
 
     async def _open_and_write(
-        self, value: np.ndarray, tspec: dict[str, Any], ts_context: ts.Context
+        self, value: Pieces, tspec: dict[str, Any], ts_context: ts.Context
     ) -> None:
         async with self._turn:
+            tspec["metadata"]["chunks"] = list(value.chunk)
             store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
             if not value.ndim:
-                await store.write(value)
+                await store.write(value.read(0, 1))
                 return
-            rows = store.chunk_layout.write_chunk.shape[0]
-            for start in range(0, len(value), rows):
-                await store[start : start + rows].write(value[start : start + rows])
-
-
-def in_pieces(array: np.ndarray, chunk_bytes: int) -> ocp.SaveArgs:
-    """How to store an array in pieces of about `chunk_bytes`; a stack of large layers layerwise."""
-    if array.nbytes <= chunk_bytes:
-        return ocp.SaveArgs()
-    layerwise = array.nbytes >= len(array) * 2**20
-    return ocp.SaveArgs(chunk_byte_size=chunk_bytes, shard_axes=(0,) if layerwise else ())
+            for start in range(0, value.shape[0], value.chunk[0]):
+                stop = min(start + value.chunk[0], value.shape[0])
+                await store[start:stop].write(value.read(start, stop))
 
 
 def piecewise_checkpointer() -> ocp.Checkpointer:
-    """Writes numpy arrays, as item `tree`, beside JSON `metadata`."""
+    """Writes a tree of `Pieces`, as item `tree`, beside JSON `metadata`."""
     registry = ocp.type_handlers.create_type_handler_registry(
-        (np.ndarray, PiecewiseNumpyHandler()),
+        (Pieces, PiecewiseHandler()),
         # For none of its arrays: Orbax looks here whether to record their layouts.
         (jax.Array, ocp.type_handlers.ArrayHandler()),
     )

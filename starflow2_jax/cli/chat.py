@@ -1,0 +1,94 @@
+"""Talk with a converted VLM.
+
+With --prompt one reply; with --batch a reply to each line of a JSONL file; else a conversation:
+each line is a turn, and `/image FILE` adds a picture to the next one.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import pathlib
+import sys
+from typing import TextIO
+
+from starflow2_jax.errors import UserError
+
+SUMMARY = "talk with a converted VLM"
+
+_EPILOG = """\
+examples:
+  starflow2 chat --model DIR
+  starflow2 chat --model DIR --image cat.png --prompt "What is this?"
+  starflow2 chat --model DIR --batch questions.jsonl --out answers.jsonl
+
+a line of --batch: {"prompt": "What is this?", "images": ["cat.png"]}, or
+  {"messages": [{"role": "user", "text": "...", "images": ["a.png"]}, ...]}
+image files are relative to the JSONL file; the reply's line has "reply" and "reason" added
+
+exit codes: 0 done; 2 bad input
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.add_argument("--model", metavar="DIR", required=True, help="converted VLM")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", metavar="TEXT", help="one turn, one reply")
+    what.add_argument("--batch", metavar="FILE", help="JSONL file of conversations")
+    parser.add_argument(
+        "--image", metavar="FILE", action="append", default=[], help="of the first turn; repeatable"
+    )
+    parser.add_argument("--out", metavar="FILE", help="of --batch; default: standard output")
+    parser.add_argument("--rows", metavar="N", type=int, default=8, help="of a batch (8)")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=512, help="(512)")
+    parser.add_argument(
+        "--temperature", metavar="T", type=float, default=0.0, help="0: the likeliest token (0)"
+    )
+    parser.add_argument("--top-p", metavar="P", type=float, default=1.0, help="(1)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="(0)")
+    parser.add_argument(
+        "--context", metavar="N", type=int, help="most positions; default: of config.json"
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="of the arithmetic; default: as stored"
+    )
+    parser.epilog = _EPILOG
+
+
+def _opened(path: str | None) -> contextlib.AbstractContextManager[TextIO]:
+    if path is None:
+        return contextlib.nullcontext(sys.stdout)
+    try:
+        return open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def run(args: argparse.Namespace) -> None:
+    """Talks.
+
+    Raises:
+        UserError: bad input; see `vlm`.
+    """
+    from starflow2_jax import vlm
+
+    if args.batch is None and args.out is not None:
+        raise UserError("--out goes with --batch; a conversation is shown in the terminal")
+    assistant = vlm.Assistant.load(args.model, args.dtype, args.context)
+    writing = vlm.Writing(args.temperature, args.top_p, args.max_new_tokens, args.seed)
+    if args.batch is not None:
+        if args.image:
+            raise UserError("--image goes with a conversation; a batch names images in its lines")
+        answers = vlm.answer_file(assistant, pathlib.Path(args.batch), writing, args.rows)
+        with _opened(args.out) as out:
+            for answer in answers:
+                print(json.dumps(answer, ensure_ascii=False), file=out, flush=True)
+        return
+    chat = assistant.chat(writing)
+    if args.prompt is None:
+        pieces = vlm.converse(chat, sys.stdin, args.image)
+    else:
+        pieces = itertools.chain(chat.say(args.prompt, args.image), ["\n"])
+    for piece in pieces:
+        print(piece, end="", flush=True)
