@@ -31,6 +31,7 @@ from starflow2_jax.models.patches import PatchCodec
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig
 from starflow2_jax.parallel import mesh as meshes
 from starflow2_jax.parallel import rules
+from starflow2_jax.parallel.host_memory import keep_freed_memory
 from starflow2_jax.provenance import git_revision, to_json
 from starflow2_jax.training.checkpoint import Checkpoints, checksum
 from starflow2_jax.training.metrics import MetricsWriter, Progress
@@ -97,6 +98,8 @@ def run(config: ml_collections.ConfigDict, module: types.ModuleType, workdir: pa
         Interrupted: SIGINT or SIGTERM; the state is saved.
     """
     _claim_devices(config.cpu_devices)
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     try:
         mesh = meshes.make_mesh(meshes.MeshConfig(**config.mesh))
         for name in config.stages:
