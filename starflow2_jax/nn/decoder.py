@@ -14,7 +14,10 @@ from flax import nnx
 
 from starflow2_jax.nn import attention, layers, partition, rope
 
-Cache = dict[str, jax.Array]
+Cache = dict[str, Any]
+
+# Stacks of at most this size are unrolled to sample from them: their weights are then there twice.
+UNROLLED_BYTES = 2**30
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -84,7 +87,10 @@ class Attention(nnx.Module):
         spec: attention.AttentionSpec,
         past: attention.Past | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """[B, T, D] -> [B, T, D], and this call's rotated keys and values [B, T, K, d]."""
+        """[B, T, D] -> [B, T, D], and this call's rotated keys and values [B, T, K, d].
+
+        Where rows are in step (`in_step`): all keys and values, [B, M, K, d].
+        """
         c = self.config
         groups = c.heads // c.kv_heads
         qkv = self.qkv(x).reshape(*x.shape[:2], c.kv_heads, groups + 2, c.head_dim)
@@ -95,7 +101,12 @@ class Attention(nnx.Module):
         # Under a sharded length every query needs every key of its row.
         k = partition.constrain(k, ("batch", None, "heads", None))
         v = partition.constrain(v, ("batch", None, "heads", None))
-        mixed = attention.attend(q, k, v, spec, past)  # [B, T, K, G, d]
+        if past is not None and past.length.ndim == 0:
+            past = past.extended(k, v)
+            k, v = past.k, past.v
+            mixed = attention.attend_written(q, past, spec)
+        else:
+            mixed = attention.attend(q, k, v, spec, past)  # [B, T, K, G, d]
         return self.out(mixed.reshape(*x.shape[:2], -1)), (k, v)
 
 
@@ -122,7 +133,10 @@ class DecoderLayer(nnx.Module):
         spec: attention.AttentionSpec,
         past: attention.Past | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """[B, T, D] -> [B, T, D], and this call's rotated keys and values [B, T, K, d]."""
+        """[B, T, D] -> [B, T, D], and this call's rotated keys and values [B, T, K, d].
+
+        Where rows are in step (`in_step`): all keys and values, [B, M, K, d].
+        """
         mixed, kv = self.attention(self.attention_norm(x), rotation, spec, past)
         x = x + mixed
         x = x + self.mlp(self.mlp_norm(x))
@@ -163,6 +177,31 @@ def _append(cache: Cache, k: jax.Array, v: jax.Array, lengths: jax.Array | None)
     }
 
 
+def in_step(cache: Cache, slots: int) -> Cache:
+    """The form of a cache for a sampler whose rows all have the same length.
+
+    One array [B, M, K, d] for each layer in place of a stacked one, and one length, int32 []: each
+    layer writes its own in place and then reads it. For `Decoder.unrolled`.
+
+    Args:
+        cache: of either form; its rows have the same length.
+        slots: M of the result, at least the length.
+    """
+
+    def resized(store: jax.Array) -> jax.Array:
+        if slots <= store.shape[1]:
+            return store[:, :slots]
+        return jnp.pad(store, ((0, 0), (0, slots - store.shape[1]), (0, 0), (0, 0)))
+
+    layers_of = lambda stores: tuple(resized(stores[n]) for n in range(len(stores)))
+    length = cache["length"]
+    return {
+        "k": layers_of(cache["k"]),
+        "v": layers_of(cache["v"]),
+        "length": length if length.ndim == 0 else length[0],
+    }
+
+
 class Decoder(nnx.Module):
     """L pre-norm layers as one scan, then the final norm if there is one."""
 
@@ -179,6 +218,24 @@ class Decoder(nnx.Module):
                 unit_offset=config.final_norm == "rms_unit_offset",
             )
         )
+
+    def unrolled(self) -> "Decoder":
+        """The same stack, its layers one after another in place of a scan; not to be trained.
+
+        A scan copies each layer's weights before it uses them, in every step of a sampler. Taken
+        out of the stack before the sampler's loop they are read where they lie.
+        """
+        graphdef, state = nnx.split(self)
+        stack = nnx.merge(graphdef, state)
+        layer = lambda n: jax.tree.map(lambda leaf: leaf[n], self.layers)
+        stack.layers = nnx.List([layer(n) for n in range(self.config.layers)])
+        return stack
+
+    @property
+    def small(self) -> bool:
+        """Whether the stack may be unrolled."""
+        leaves = jax.tree.leaves(self.layers)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) <= UNROLLED_BYTES
 
     def __call__(
         self,
@@ -211,7 +268,18 @@ class Decoder(nnx.Module):
         if self.config.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
         k, v = (None, None) if cache is None else (cache["k"], cache["v"])
-        x, new = jax.lax.scan(body, x, (self.layers, k, v))
+        if isinstance(self.layers, nnx.List):
+            each = []
+            for n, layer in enumerate(self.layers):
+                x, kv = body(x, (layer, k[n], v[n]))
+                each.append(kv)
+            new = tuple(zip(*each, strict=True))
+        else:
+            x, new = jax.lax.scan(body, x, (self.layers, k, v))
         if self.final_norm is not None:
             x = self.final_norm(x)
-        return x, None if cache is None else _append(cache, *new, spec.lengths)
+        if cache is None:
+            return x, None
+        if cache["length"].ndim == 0:
+            return x, {"k": new[0], "v": new[1], "length": cache["length"] + x.shape[1]}
+        return x, _append(cache, *new, spec.lengths)

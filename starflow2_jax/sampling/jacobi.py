@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from starflow2_jax.models.af_block import AFBlock, Given, Inversion, Inverter
+from starflow2_jax.models.af_block import AFBlock, Given, Inversion, Inverter, stretches
 from starflow2_jax.models.guidance import Guidance
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.nn import decoder
@@ -111,15 +111,19 @@ def inverse(
         estimate, cache, passes = _solve(inversion, config, first, config.chunk, *carry)
         return (estimate, cache), passes
 
-    carry = (estimate, inversion.cache)
-    passes = jnp.zeros((0,), jnp.int32)
-    if whole:
-        carry, passes = jax.lax.scan(chunk, carry, config.chunk * jnp.arange(whole))
+    cache, passes = inversion.cache, [jnp.zeros((0,), jnp.int32)]
+    for begin, end in stretches(whole * config.chunk, config.chunk):
+        cache = inversion.room(cache, end)
+        (estimate, cache), taken = jax.lax.scan(
+            chunk, (estimate, cache), jnp.arange(begin, end, config.chunk)
+        )
+        passes.append(taken)
     if rest:
+        cache = inversion.room(cache, unknown)
         first = jnp.asarray(whole * config.chunk)
-        estimate, _, last = _solve(inversion, config, first, rest, *carry)
-        carry, passes = (estimate, None), jnp.append(passes, last)
-    return inversion.whole(carry[0][:, 1:]), passes
+        estimate, _, last = _solve(inversion, config, first, rest, estimate, cache)
+        passes.append(last[None])
+    return inversion.whole(estimate[:, 1:]), jnp.concatenate(passes)
 
 
 def inverter(config: JacobiConfig) -> Inverter:
