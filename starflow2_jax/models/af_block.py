@@ -316,7 +316,10 @@ class AFBlock(nnx.Module):
             _, cache = self.decoder(
                 text, None if angles is None else angles[:, :length], spec, cache
             )
-        return Inversion(self, z, angles, dtype, given, guidance, cache)
+        stack = self.decoder
+        if stack.small:
+            stack, cache = stack.unrolled(), decoder.in_step(cache, length)
+        return Inversion(self, stack, z, angles, dtype, given, guidance, cache)
 
     def inverse(
         self,
@@ -337,10 +340,24 @@ class AFBlock(nnx.Module):
             return (u[:, None], cache), u
 
         noise = jnp.moveaxis(inversion.noise, 1, 0)
-        _, u = jax.lax.scan(
-            step, (inversion.lead, inversion.cache), (noise, jnp.arange(len(noise)))
-        )
-        return inversion.whole(jnp.moveaxis(u, 0, 1))
+        slot, cache, drawn = inversion.lead, inversion.cache, [noise[:0]]
+        for first, end in stretches(len(noise)):
+            cache = inversion.room(cache, end)
+            (slot, cache), u = jax.lax.scan(
+                step, (slot, cache), (noise[first:end], jnp.arange(first, end))
+            )
+            drawn.append(u)
+        return inversion.whole(jnp.moveaxis(jnp.concatenate(drawn), 0, 1))
+
+
+# A sampler's cache grows in this many stretches: every step reads all of its slots.
+STRETCHES = 4
+
+
+def stretches(count: int, multiple: int = 1) -> list[tuple[int, int]]:
+    """Cuts `count` slots into at most `STRETCHES` [first, end), multiples of `multiple` long."""
+    size = max(1, -(-count // (STRETCHES * multiple))) * multiple
+    return [(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def _doubled(x: jax.Array, guidance: Guidance | None) -> jax.Array:
@@ -352,16 +369,25 @@ class Inversion:
     """An AF block about to be inverted: slots 0..n-1 predict the n tokens that are unknown.
 
     Attributes:
-        cache: keys and values of the text, with room for the slots.
+        stack: the block's decoder, unrolled where it is small.
+        cache: keys and values of the text; `room` makes room for the slots.
     """
 
     block: AFBlock
+    stack: decoder.Decoder
     z: jax.Array
     angles: jax.Array | None
     dtype: jnp.dtype
     given: Given
     guidance: Guidance | None
     cache: decoder.Cache
+
+    def room(self, cache: decoder.Cache, slots: int) -> decoder.Cache:
+        """The cache with room for the text and the first `slots` slots, at least."""
+        if cache["length"].ndim:
+            return cache
+        text = self.given.text_length if self.block.proj_text is not None else 0
+        return decoder.in_step(cache, text + slots)
 
     @property
     def lead(self) -> jax.Array:
@@ -394,7 +420,7 @@ class Inversion:
             angles = jax.lax.dynamic_slice_in_dim(angles, at, size, axis=1)
         hidden = self.block.embed(_doubled(inputs, self.guidance), first, self.given, self.dtype)
         spec = AttentionSpec(temperature=self.given.temperature)
-        hidden, cache = self.block.decoder(hidden, angles, spec, cache)
+        hidden, cache = self.stack(hidden, angles, spec, cache)
         return *self.block.gaussians(hidden, first, tokens, self.guidance), cache
 
 

@@ -40,11 +40,20 @@ class AttentionSpec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Past:
-    """One layer's cached keys and values [B, M, K, d], of which the first length [B] are real."""
+    """One layer's cached keys and values [B, M, K, d]; the first length, [B] or [], are real."""
 
     k: jax.Array
     v: jax.Array
     length: jax.Array
+
+    def extended(self, k: jax.Array, v: jax.Array) -> "Past":
+        """With k, v [B, T, K, d] behind the length, of rows that have one length, []."""
+
+        def write(store: jax.Array, new: jax.Array) -> jax.Array:
+            new = new.astype(store.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(store, new, self.length, axis=1)
+
+        return Past(write(self.k, k), write(self.v, v), self.length + k.shape[1])
 
 
 def _visible(spec: AttentionSpec, rows: int, size: int) -> jax.Array:
@@ -85,13 +94,10 @@ def attend(
         return _attend_in_windows(q, k, v, spec, past)
     if past is not None and spec.segments is not None:
         raise ValueError("a cached row is one segment: pass lengths, not segments, with a cache")
-    rows, size, _, _, d = q.shape
+    rows, size = q.shape[:2]
     wide = at_least_float32(q.dtype)
     smallest = jnp.finfo(wide).min
-    q = q * (1.0 / math.sqrt(d))
-    if spec.temperature is not None:
-        temperature = jnp.asarray(spec.temperature, wide).reshape(-1, 1, 1, 1, 1)
-        q = (q / temperature).astype(q.dtype)
+    q = _scaled(q, spec)
 
     def scores(keys: jax.Array) -> jax.Array:
         return jnp.einsum("btkgd,bskd->bkgts", q, keys, preferred_element_type=wide)
@@ -106,6 +112,49 @@ def attend(
     weights = jax.nn.softmax(jnp.concatenate([before, own], axis=-1), axis=-1).astype(v.dtype)
     seen_before = jnp.einsum("bkgts,bskd->btkgd", weights[..., :slots], past.v.astype(v.dtype))
     return seen_before + jnp.einsum("bkgts,bskd->btkgd", weights[..., slots:], v)
+
+
+def _scaled(q: jax.Array, spec: AttentionSpec) -> jax.Array:
+    q = q * (1.0 / math.sqrt(q.shape[-1]))
+    if spec.temperature is None:
+        return q
+    temperature = jnp.asarray(spec.temperature, at_least_float32(q.dtype)).reshape(-1, 1, 1, 1, 1)
+    return (q / temperature).astype(q.dtype)
+
+
+def attend_written(q: jax.Array, past: Past, spec: AttentionSpec) -> jax.Array:
+    """`attend` for rows of one length, whose T own positions are the last of `past`.
+
+    Args:
+        q: [B, T, K, G, d].
+        past: see `Past.extended`.
+        spec: causal, without segments or lengths.
+
+    Returns:
+        [B, T, K, G, d] in q's dtype.
+
+    Raises:
+        ValueError: another spec.
+    """
+    if not spec.causal or spec.segments is not None or spec.lengths is not None:
+        raise ValueError("rows of one length are causal, without segments or lengths")
+    size, groups = q.shape[1], q.shape[3]
+    wide = at_least_float32(q.dtype)
+    q = _scaled(q, spec)
+    last = past.length - size + jnp.arange(size)  # [T]
+    seen = jnp.arange(past.k.shape[1]) <= last[:, None]  # [T, M]
+    if size == groups == 1:
+        # No product of matrices is in it. As sums of products the cache is read where it lies; a
+        # batched product would first make a copy of it with the heads in front.
+        scores = (q[:, :, :, 0].astype(wide) * past.k.astype(wide)).sum(-1)  # [B, M, K]
+        scores = jnp.where(seen[0][:, None], scores, jnp.finfo(wide).min)
+        weights = jax.nn.softmax(scores, axis=1)
+        mixed = (weights[..., None] * past.v.astype(wide)).sum(1, keepdims=True)
+        return mixed[:, :, :, None].astype(q.dtype)
+    scores = jnp.einsum("btkgd,bskd->bkgts", q, past.k.astype(q.dtype), preferred_element_type=wide)
+    scores = jnp.where(seen, scores, jnp.finfo(wide).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, past.v.astype(q.dtype))
 
 
 def _attend_in_windows(

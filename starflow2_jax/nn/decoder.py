@@ -15,7 +15,10 @@ from flax import nnx
 
 from starflow2_jax.nn import attention, layers, partition, rope
 
-Cache = dict[str, jax.Array]
+Cache = dict[str, Any]
+
+# Stacks of at most this size are unrolled to sample from them: their weights are then there twice.
+UNROLLED_BYTES = 2**30
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -89,7 +92,10 @@ class Attention(nnx.Module):
         spec: attention.AttentionSpec,
         past: attention.Past | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """[B, T, D] -> [B, T, D], and this call's rotated keys and values [B, T, K, d]."""
+        """[B, T, D] -> [B, T, D], and this call's rotated keys and values [B, T, K, d].
+
+        Where rows are in step (`in_step`): all keys and values, [B, M, K, d].
+        """
         c = self.config
         groups = c.heads // c.kv_heads
         qkv = self.qkv(x).reshape(*x.shape[:2], c.kv_heads, groups + 2, c.head_dim)
@@ -100,7 +106,12 @@ class Attention(nnx.Module):
         # Under a sharded length every query needs every key of its row.
         k = partition.constrain(k, ("batch", None, "heads", None))
         v = partition.constrain(v, ("batch", None, "heads", None))
-        mixed = attention.attend(q, k, v, spec, past)  # [B, T, K, G, d]
+        if past is not None and past.length.ndim == 0:
+            past = past.extended(k, v)
+            k, v = past.k, past.v
+            mixed = attention.attend_written(q, past, spec)
+        else:
+            mixed = attention.attend(q, k, v, spec, past)  # [B, T, K, G, d]
         return self.out(mixed.reshape(*x.shape[:2], -1)), (k, v)
 
 
@@ -127,7 +138,10 @@ class DecoderLayer(nnx.Module):
         spec: attention.AttentionSpec,
         past: attention.Past | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """[B, T, D] -> [B, T, D], and this call's rotated keys and values [B, T, K, d]."""
+        """[B, T, D] -> [B, T, D], and this call's rotated keys and values [B, T, K, d].
+
+        Where rows are in step (`in_step`): all keys and values, [B, M, K, d].
+        """
         mixed, kv = self.attention(self.attention_norm(x), rotation, spec, past)
         x = x + mixed
         x = x + self.mlp(self.mlp_norm(x))
@@ -182,18 +196,39 @@ def with_slots(cache: Cache, slots: int) -> Cache:
     return {"k": grow(cache["k"]), "v": grow(cache["v"]), "length": cache["length"]}
 
 
-def _at(stack: Any, layer: int) -> Any:
-    return jax.tree.map(lambda a: a[layer], stack)
+def in_step(cache: Cache, slots: int) -> Cache:
+    """The form of a cache for a sampler whose rows all have the same length.
+
+    One array [B, M, K, d] for each layer in place of a stacked one, and one length, int32 []: each
+    layer writes its own in place and then reads it. For `Decoder.unrolled`.
+
+    Args:
+        cache: of either form; its rows have the same length.
+        slots: M of the result, at least the length.
+    """
+
+    def resized(store: jax.Array) -> jax.Array:
+        if slots <= store.shape[1]:
+            return store[:, :slots]
+        return jnp.pad(store, ((0, 0), (0, slots - store.shape[1]), (0, 0), (0, 0)))
+
+    layers_of = lambda stores: tuple(resized(stores[n]) for n in range(len(stores)))
+    length = cache["length"]
+    return {
+        "k": layers_of(cache["k"]),
+        "v": layers_of(cache["v"]),
+        "length": length if length.ndim == 0 else length[0],
+    }
 
 
-def _looped(body: Callable, x: jax.Array, xs: tuple, count: int) -> tuple:
-    """`jax.lax.scan`, written out, over unstacked layers and stacks of the rest."""
+def _looped(body: Callable, x: jax.Array, xs: tuple) -> tuple[jax.Array, list]:
+    """`jax.lax.scan`, written out, over a list of layers; what it gives is not stacked."""
     layer_list, *stacks = xs
     outputs = []
-    for i in range(count):
-        x, y = body(x, (layer_list[i], *_at(stacks, i)))
+    for n, layer in enumerate(layer_list):
+        x, y = body(x, (layer, *(None if s is None else s[n] for s in stacks)))
         outputs.append(y)
-    return x, jax.tree.map(lambda *ys: jnp.stack(ys), *outputs)
+    return x, outputs
 
 
 class Decoder(nnx.Module):
@@ -213,17 +248,23 @@ class Decoder(nnx.Module):
             )
         )
 
-    def unstacked(self) -> "Decoder":
-        """The same function, each layer's parameters in arrays of their own, and no scan.
+    def unrolled(self) -> "Decoder":
+        """The same stack, its layers one after another in place of a scan; not to be trained.
 
-        For decoding on a CPU: there a scan copies the parameters of each layer out of the stack,
-        which takes as long as reading them for a product with one position. Holds the parameters a
-        second time unless the stack is let go of.
+        A scan copies each layer's weights before it uses them, in every step of a sampler. Taken
+        out of the stack before the sampler's loop they are read where they lie.
         """
         graphdef, state = nnx.split(self)
-        apart = nnx.merge(graphdef, state)
-        apart.layers = nnx.List([_at(self.layers, i) for i in range(self.config.layers)])
-        return apart
+        stack = nnx.merge(graphdef, state)
+        layer = lambda n: jax.tree.map(lambda leaf: leaf[n], self.layers)
+        stack.layers = nnx.List([layer(n) for n in range(self.config.layers)])
+        return stack
+
+    @property
+    def small(self) -> bool:
+        """Whether the stack may be unrolled."""
+        leaves = jax.tree.leaves(self.layers)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) <= UNROLLED_BYTES
 
     def __call__(
         self,
@@ -247,9 +288,11 @@ class Decoder(nnx.Module):
         rotation = None if angles is None else (jnp.cos(angles), jnp.sin(angles))
         x = partition.constrain(x, ("batch", "length", "embed_activation"))
 
+        in_place = cache is not None and cache["length"].ndim == 0
+
         def body(x: jax.Array, layer_and_past: tuple) -> tuple:
             layer, k, v, whole = layer_and_past
-            fresh = cache is None or not cache["k"].shape[2]
+            fresh = cache is None or (not in_place and not cache["k"].shape[2])
             past = None if fresh else attention.Past(k, v, cache["length"])
             here = spec
             if whole is not None:
@@ -263,10 +306,17 @@ class Decoder(nnx.Module):
         whole = None
         if self.config.window:
             whole = jnp.array([i in self.config.whole_layers for i in range(self.config.layers)])
+        xs = (self.layers, k, v, whole)
         if isinstance(self.layers, nnx.List):
-            x, new = _looped(body, x, (self.layers, k, v, whole), self.config.layers)
+            x, each = _looped(body, x, xs)
+            gather = (lambda *ys: ys) if in_place else (lambda *ys: jnp.stack(ys))
+            new = jax.tree.map(gather, *each)
         else:
-            x, new = jax.lax.scan(body, x, (self.layers, k, v, whole))
+            x, new = jax.lax.scan(body, x, xs)
         if self.final_norm is not None:
             x = self.final_norm(x)
-        return x, None if cache is None else _append(cache, *new, spec.lengths)
+        if cache is None:
+            return x, None
+        if in_place:
+            return x, {"k": new[0], "v": new[1], "length": cache["length"] + x.shape[1]}
+        return x, _append(cache, *new, spec.lengths)

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 
-from starflow2_jax.models.af_block import AFBlock, Given, Inverter
+from starflow2_jax.models.af_block import AFBlock, Given, Inverter, stretches
 from starflow2_jax.models.guidance import Guidance
 from starflow2_jax.models.pretzel import Kind, Pretzel
 from starflow2_jax.nn.attention import AttentionSpec
@@ -69,6 +69,9 @@ class Unknown(Protocol):
     def cache(self) -> Cache:
         """Of everything before slot 0."""
 
+    def room(self, cache: Cache, slots: int) -> Cache:
+        """The cache with room for the first `slots` slots, at least."""
+
     def gaussians(
         self, inputs: jax.Array, first: jax.Array, cache: Cache
     ) -> tuple[jax.Array, jax.Array, Cache]:
@@ -79,7 +82,7 @@ def _rewound(cache: Cache, to: Cache) -> Cache:
     """The cache as long as `to` is: what lies behind the end is written over."""
 
     def leaf(path: tuple, new: jax.Array, old: jax.Array) -> jax.Array:
-        return old if path[-1].key == "length" else new
+        return old if path[-1] == jax.tree_util.DictKey("length") else new
 
     return jax.tree_util.tree_map_with_path(leaf, cache, to)
 
@@ -143,16 +146,19 @@ def solve(unknown: Unknown, config: JacobiConfig) -> tuple[jax.Array, Cache, jax
         estimate, cache, passes = _solve_chunk(unknown, config, first, config.chunk, *carry)
         return (estimate, cache), passes
 
-    carry = (estimate, unknown.cache)
-    passes = jnp.zeros((0,), jnp.int32)
-    if whole:
-        carry, passes = jax.lax.scan(chunk, carry, config.chunk * jnp.arange(whole))
+    cache, passes = unknown.cache, [jnp.zeros((0,), jnp.int32)]
+    for begin, end in stretches(whole * config.chunk, config.chunk):
+        cache = unknown.room(cache, end)
+        (estimate, cache), taken = jax.lax.scan(
+            chunk, (estimate, cache), jnp.arange(begin, end, config.chunk)
+        )
+        passes.append(taken)
     if rest:
+        cache = unknown.room(cache, unknown.noise.shape[1])
         first = jnp.asarray(whole * config.chunk)
-        *carry, last = _solve_chunk(unknown, config, first, rest, *carry)
-        passes = jnp.append(passes, last)
-    estimate, cache = carry
-    return estimate[:, 1:], cache, passes
+        estimate, cache, last = _solve_chunk(unknown, config, first, rest, estimate, cache)
+        passes.append(last[None])
+    return estimate[:, 1:], cache, jnp.concatenate(passes)
 
 
 def inverse(
@@ -230,6 +236,11 @@ class _Drawing:
     def cache(self) -> Cache:
         """Before latent 0."""
         return {"caches": self.state.caches, "y": self.state.y, "g": self.state.g}
+
+    def room(self, cache: Cache, slots: int) -> Cache:
+        """See `Unknown`; the state's caches have room for the whole context."""
+        del slots
+        return cache
 
     def gaussians(
         self, inputs: jax.Array, first: jax.Array, cache: Cache

@@ -120,7 +120,7 @@ def for_decoding(model: Qwen25VL) -> Qwen25VL:
         return model
     graphdef, state = nnx.split(model)
     apart = nnx.merge(graphdef, state)
-    apart.decoder = model.decoder.unstacked()
+    apart.decoder = model.decoder.unrolled()
     return apart
 
 
