@@ -119,7 +119,7 @@ def deep(case: Case, name: str, repeats: int) -> list[dict[str, Any]]:
     """Rows on the deep block under the VLM."""
     model, settings = case.pretzel, case.settings
     tokens = model.config.flow.tokens
-    draw = jax.jit(jacobi.draw, static_argnames="config")
+    draw = jax.jit(jacobi.draw)
 
     def by_jacobi(threshold: float) -> Callable[[SampleState], SampleState]:
         config = configuration(threshold)
@@ -212,11 +212,18 @@ def main() -> None:
     model = load(args.model)
     guided = Case(model, args.rows, guidance=3.0, temperature=0.8)
     plain = Case(model, args.rows, guidance=0.0, temperature=1.0)
-    rows = deep(guided, "guided", args.repeats) + deep(plain, "plain", args.repeats)
-    rows += shallow(guided, args.repeats)
-    for row in rows:
-        row = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
-        print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+    rows = []
+    measured = (
+        lambda: deep(guided, "guided", args.repeats),
+        lambda: deep(plain, "plain", args.repeats),
+        lambda: shallow(guided, args.repeats),
+    )
+    for measure in measured:
+        found = measure()
+        rows += found
+        for row in found:
+            row = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+            print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 

@@ -41,6 +41,8 @@ def get_config() -> ml_collections.ConfigDict:
                 warmup=50,
                 weight_decay=1e-4,
                 latent_norm=0.0,
+                # So short a run leaves an average behind: the parameters themselves are kept.
+                ema=0.0,
                 # Shapes first, then the exact grey of empty pixels; the end is free of noise.
                 noise_start=0.25,
                 noise_end=0.003,

@@ -185,7 +185,7 @@ def test_the_deep_block_under_the_vlm_is_drawn_exactly(x64, guided, chunk):
 def test_drawing_stops_early_and_waits_for_no_row(x64):
     model, settings = random_model(), mixed(range(4), False)
     start = dataclasses.replace(prefilled(model, ROWS, settings), record=None)
-    draw = jax.jit(jacobi.draw, static_argnames="config")
+    draw = jax.jit(jacobi.draw)
     exact, passes = draw(model, start, settings, config=EXACT)
     assert passes.shape == (1,) and int(passes[0]) <= N - 1
     # Row 1 alone starts with an image: all but its last latent.

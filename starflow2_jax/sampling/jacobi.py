@@ -25,9 +25,14 @@ Cache = Any
 """A pytree of dictionaries; its entries `length` say how much of it is real."""
 
 
+def _static(default: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class JacobiConfig:
-    """When a chunk is done.
+    """When a chunk is done. All thresholds are one compilation.
 
     Attributes:
         chunk: tokens that are solved for together.
@@ -38,10 +43,10 @@ class JacobiConfig:
             equals the threshold, the chunk is done).
     """
 
-    chunk: int = 64
-    threshold: float = 5e-3
-    max_passes: int | None = 32
-    measure: Literal["relative", "largest"] = "relative"
+    chunk: int = _static(64)
+    threshold: jax.Array | float = 5e-3
+    max_passes: int | None = _static(32)
+    measure: Literal["relative", "largest"] = _static("relative")
 
     def __post_init__(self) -> None:
         if self.chunk < 1 or (self.max_passes is not None and self.max_passes < 1):
@@ -195,7 +200,7 @@ def inverter(config: JacobiConfig) -> Inverter:
     return invert
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@jax.jit
 def to_x(model: Pretzel, u: jax.Array, config: JacobiConfig) -> tuple[jax.Array, list[jax.Array]]:
     """`display.to_x` by Jacobi iteration.
 
@@ -331,7 +336,7 @@ def draw(
     return state, passes
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+@functools.partial(jax.jit, donate_argnames="state")
 def _advance(
     model: Pretzel,
     state: SampleState,
