@@ -190,6 +190,12 @@ def test_other_bad_input(tmp_path, source):
         convert.starflow_config({**given, "txt_sise": 1})
     with pytest.raises(UserError, match="needs the argument channels"):
         convert.tarflow_config({"in_channels": 3, "img_size": 8, "patch_size": 2})
+    for depths in (0, [0] + [1] * (given["num_blocks"] - 1)):
+        with pytest.raises(UserError, match="layers_per_block says 0"):
+            convert.starflow_config({**given, "layers_per_block": depths})
+    needed = {"in_channels": 3, "img_size": 8, "patch_size": 2, "channels": 64, "num_blocks": 2}
+    with pytest.raises(UserError, match="layers_per_block says 0"):
+        convert.tarflow_config({**needed, "layers_per_block": 0})
 
 
 def test_large_stacks_are_stored_layer_by_layer(tmp_path):
