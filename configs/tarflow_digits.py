@@ -30,13 +30,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.log_every = 10
     config.log_seconds = 10.0
     config.data = group(dict(raw_share=0.3))
-    config.flow = group(dict(patch=4, width=128, count=4, depth=4, head_dim=64, label_drop=0.1))
+    config.flow = group(dict(patch=4, width=128, count=4, depth=2, head_dim=64, label_drop=0.1))
     config.stages = group()
     config.stages.train = group(
         dict(
-            batch=dict(rows=64),
+            batch=dict(rows=32),
             optimizer=dict(
-                steps=700,
+                steps=2400,
                 learning_rate=2e-3,
                 warmup=50,
                 weight_decay=1e-4,
@@ -45,9 +45,9 @@ def get_config() -> ml_collections.ConfigDict:
                 ema=0.0,
                 # Shapes first, then the exact grey of empty pixels; the end is free of noise.
                 noise_start=0.25,
-                noise_end=0.003,
-                noise_hold=0.1,
-                noise_share=0.85,
+                noise_end=0.01,
+                noise_hold=0.5,
+                noise_share=0.92,
             ),
         )
     )
