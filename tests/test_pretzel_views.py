@@ -19,6 +19,8 @@ from starflow2_jax.data.views import Limits, view
 from starflow2_jax.models.pretzel import Kind, PretzelConfig
 from starflow2_jax.models.qwen2_5_vl import qwen2_5_vl_tiny
 from starflow2_jax.nn.attention import AttentionSpec
+from starflow2_jax.parallel import rules
+from starflow2_jax.parallel.mesh import MeshConfig, make_mesh
 from starflow2_jax.sampling import step
 from starflow2_jax.sampling.prompts import Row, padded, scored
 from starflow2_jax.sampling.state import row_settings
@@ -173,6 +175,27 @@ def test_a_prompt_with_views_is_prefilled_as_the_whole_row():
         tiny.close(state.g[b], streams.g[b, len(row) - 1], 1e-5)
     with pytest.raises(ValueError, match="no vision tower"):
         padded(rows, 48)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "config",
+    [MeshConfig(fsdp=8), MeshConfig(fsdp=2, tensor=2, sequence=2)],
+    ids=["fsdp", "fsdp-tensor-sequence"],
+)
+def test_eight_devices_see_what_one_does(config):
+    devices = jax.devices()[:8]
+    assert len(devices) == 8
+    rows = to_rows(single_batch([SEEN, BLIND, BOTH, SEEN] * 2, BatchShape(8, 64, 2, 256), TOWER))
+    vlm = tiny.pretzel(CONFIG).vlm
+    one = np.asarray(tiny.jit(plain_logits)(vlm, rows))
+    mesh = make_mesh(config, devices)
+    graphdef, state = tiny.nnx.split(vlm)
+    run = tiny.jit(lambda state, rows: plain_logits(tiny.nnx.merge(graphdef, state), rows))
+    placed = jax.device_put(state, rules.shardings(state, mesh))
+    with rules.use(mesh):
+        eight = run(placed, jax.device_put(rows, rules.batch_shardings(rows, mesh)))
+    tiny.close(eight, one, 1e-5)
 
 
 def test_the_tower_is_saved_and_loaded():

@@ -1,12 +1,15 @@
-"""Named sizes of Qwen2.5-VL, and those read from a Hugging Face `config.json`."""
+"""Named sizes of Qwen2.5-VL, those read from a Hugging Face `config.json`, and their tensors."""
 
 import json
+import math
 
 import pytest
 import transformers
+from flax import nnx
 
+from starflow2_jax.convert import starflow2, table
 from starflow2_jax.models import qwen2_5_vl
-from starflow2_jax.models.qwen2_5_vl import from_hf
+from starflow2_jax.models.qwen2_5_vl import Qwen25VL, from_hf
 
 TEXT = {
     "hidden_act": "silu",
@@ -77,3 +80,81 @@ def test_other_models_are_refused(changes, named):
     with pytest.raises(ValueError, match=named) as refusal:
         from_hf(PUBLISHED["7b"] | changes)
     assert "\n" not in str(refusal.value)
+
+
+def tensors_of(config):
+    """Name and shape of every tensor that a checkpoint of this shape holds; nothing is made."""
+    shapes = table.shapes_of(lambda: Qwen25VL(config, rngs=nnx.Rngs(0)))
+    entries = list(starflow2.qwen("", "", config))
+    tensors = table.source_shapes(entries, shapes)
+    assert not table.misfits(entries, shapes, tensors)
+    return tensors
+
+
+def count(tensors, prefix=""):
+    return sum(math.prod(shape) for name, shape in tensors.items() if name.startswith(prefix))
+
+
+def test_tensors_of_the_7b():
+    tensors = tensors_of(from_hf(PUBLISHED["7b"]))
+    assert len(tensors) == 729
+    assert count(tensors) == 8_292_166_656
+    assert count(tensors, "visual.") == 676_550_144
+    assert count(tensors, "model.") == 7_070_619_136
+    assert count(tensors, "lm_head.") == count(tensors, "model.embed_tokens.") == 544_997_376
+    block, layer = "visual.blocks.31", "model.layers.27"
+    expected = {
+        "visual.patch_embed.proj.weight": (1280, 3, 2, 14, 14),
+        f"{block}.norm1.weight": (1280,),
+        f"{block}.norm2.weight": (1280,),
+        f"{block}.attn.qkv.weight": (3840, 1280),
+        f"{block}.attn.qkv.bias": (3840,),
+        f"{block}.attn.proj.weight": (1280, 1280),
+        f"{block}.attn.proj.bias": (1280,),
+        f"{block}.mlp.gate_proj.weight": (3420, 1280),
+        f"{block}.mlp.gate_proj.bias": (3420,),
+        f"{block}.mlp.up_proj.weight": (3420, 1280),
+        f"{block}.mlp.up_proj.bias": (3420,),
+        f"{block}.mlp.down_proj.weight": (1280, 3420),
+        f"{block}.mlp.down_proj.bias": (1280,),
+        "visual.merger.ln_q.weight": (1280,),
+        "visual.merger.mlp.0.weight": (5120, 5120),
+        "visual.merger.mlp.0.bias": (5120,),
+        "visual.merger.mlp.2.weight": (3584, 5120),
+        "visual.merger.mlp.2.bias": (3584,),
+        "model.embed_tokens.weight": (152064, 3584),
+        f"{layer}.self_attn.q_proj.weight": (3584, 3584),
+        f"{layer}.self_attn.q_proj.bias": (3584,),
+        f"{layer}.self_attn.k_proj.weight": (512, 3584),
+        f"{layer}.self_attn.k_proj.bias": (512,),
+        f"{layer}.self_attn.v_proj.weight": (512, 3584),
+        f"{layer}.self_attn.v_proj.bias": (512,),
+        f"{layer}.self_attn.o_proj.weight": (3584, 3584),
+        f"{layer}.mlp.gate_proj.weight": (18944, 3584),
+        f"{layer}.mlp.up_proj.weight": (18944, 3584),
+        f"{layer}.mlp.down_proj.weight": (3584, 18944),
+        f"{layer}.input_layernorm.weight": (3584,),
+        f"{layer}.post_attention_layernorm.weight": (3584,),
+        "model.norm.weight": (3584,),
+        "lm_head.weight": (152064, 3584),
+    }
+    assert expected.items() <= tensors.items()
+    # The last layers stand for all; nothing else is there.
+    assert len(tensors) == 28 * 12 + 32 * 12 + 9
+    assert len(expected) == 12 + 12 + 9
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_tensors_are_those_of_transformers(size):
+    torch = pytest.importorskip("torch")
+    with torch.device("meta"):
+        config = transformers.Qwen2_5_VLConfig.from_dict(PUBLISHED[size])
+        model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    theirs = {}
+    for name, value in model.state_dict().items():
+        name = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+        theirs[name] = tuple(value.shape)
+    if config.tie_word_embeddings:
+        assert theirs.pop("lm_head.weight") == theirs["model.embed_tokens.weight"]
+    assert tensors_of(from_hf(PUBLISHED[size])) == theirs

@@ -28,6 +28,7 @@ from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import Kind
 from starflow2_jax.models.qwen2_5_vision import grid_layout
 from starflow2_jax.models.qwen2_5_vl import Qwen25VL, qwen2_5_vl_tiny
+from starflow2_jax.nn.attention import AttentionSpec, attend
 
 CONFIG = qwen2_5_vl_tiny(vocab_size=280)
 TOWER = CONFIG.vision
@@ -177,6 +178,29 @@ def test_limits_of_a_folder(tmp_path):
     (tmp_path / "processor_config.json").write_text("{")
     with pytest.raises(UserError, match="processor_config.json"):
         load_limits(tmp_path)
+
+
+# Windows of attention.
+
+
+def test_windows_are_segments():
+    attended = tiny.jit(attend)
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(2, 24, 2, 3, 4)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(2, 24, 2, 4)), jnp.float32) for _ in range(2))
+    segments = jnp.asarray(np.sort(rng.integers(0, 3, (2, 24))), jnp.int32)
+    cut = segments * 4 + jnp.arange(24) // 6
+    for causal in (False, True):
+        whole = AttentionSpec(causal=causal, segments=segments)
+        inside = dataclasses.replace(whole, window=6)
+        expected = attended(q, k, v, dataclasses.replace(whole, segments=cut))
+        tiny.close(attended(q, k, v, inside), expected, 1e-6)
+        for flag, same in ((True, attended(q, k, v, whole)), (False, expected)):
+            chosen = attended(q, k, v, dataclasses.replace(inside, whole=jnp.asarray(flag)))
+            tiny.close(chosen, same, 1e-6)
+    for bad in ({"window": 7}, {"window": 6, "lengths": jnp.array([3, 3])}):
+        with pytest.raises(ValueError, match="windows"):
+            attend(q, k, v, AttentionSpec(**bad))
 
 
 # Packing, and one program for a bucket of sizes.
