@@ -28,7 +28,7 @@ from flax import nnx
 
 from starflow2_jax.models.af_block import AFBlock, BlockConfig
 from starflow2_jax.nn import attention, decoder, layers
-from starflow2_jax.parallel.host_memory import keep_freed_memory
+from starflow2_jax.parallel.cpu import keep_freed_memory
 
 ROWS, LENGTH, WIDTH, HEADS, HIDDEN = 4, 256, 256, 4, 1024
 
