@@ -192,10 +192,6 @@ class Chat:
                 if complete and whole.startswith(shown) and whole != shown:
                     yield whole[len(shown) :]
                     shown = whole
-            # What stays incomplete is shown as it reads: the pieces are the whole reply.
-            whole = assistant.tokenizer.decode(written)
-            if whole.startswith(shown) and whole != shown:
-                yield whole[len(shown) :]
         finally:
             reply = assistant.tokenizer.decode(written)
             self.turns = [*turns, Turn("assistant", (reply,) if reply else ())]
