@@ -35,10 +35,10 @@ import digits
 
 
 def return_freed_memory() -> None:
-    """glibc's own thresholds again, and what is free goes back to the kernel now."""
+    """The thresholds that glibc itself arrives at in a process that frees large blocks."""
     libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 128 * 1024)
-    libc.mallopt(-1, 128 * 1024)
+    libc.mallopt(-3, 32 * 2**20)
+    libc.mallopt(-1, 64 * 2**20)
     libc.malloc_trim(0)
 
 

@@ -177,17 +177,26 @@ class Model:
         options = self._options([0], sampling, context)
         written: list[int] = []
         shown = ""
+
+        def unseen() -> str:
+            text = self._text(written)
+            return text[len(shown) :] if text.startswith(shown) else ""
+
         for event in generate.stream(self.pretzel, rows, jacobi=jacobi, **options):
             if isinstance(event, generate.TextEvent):
                 written += event.tokens
+                more = unseen()
                 # Bytes of one character may come in several tokens: show what is complete.
-                text = self._text(written)
-                if text.startswith(shown) and not text.endswith("\ufffd") and text != shown:
-                    yield text[len(shown) :]
-                    shown = text
+                if more and not more.endswith("\ufffd"):
+                    yield more
+                    shown += more
             elif isinstance(event, generate.ImageEvent):
+                if more := unseen():
+                    yield more
                 yield self.pixels(event.u[None], jacobi)[0]
                 written, shown = [], ""
+        if more := unseen():
+            yield more
 
     def log_prob(
         self,

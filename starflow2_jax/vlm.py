@@ -181,15 +181,21 @@ class Chat:
         events = self._session.stream([row], assistant.settings(1, writing), every=1)
         try:
             for event in events:
-                if isinstance(event, DoneEvent):
+                if isinstance(event, TextEvent):
+                    written += event.tokens
+                else:
                     self.reason = event.reason
-                    continue
-                written += event.tokens
                 whole = assistant.tokenizer.decode(written)
-                # Bytes of one character may come in several tokens: show what is complete.
-                if whole.startswith(shown) and not whole.endswith("\ufffd") and whole != shown:
+                # Bytes of one character may come in several tokens: show what is complete, and at
+                # the end the rest.
+                complete = isinstance(event, DoneEvent) or not whole.endswith("\ufffd")
+                if complete and whole.startswith(shown) and whole != shown:
                     yield whole[len(shown) :]
                     shown = whole
+            # What stays incomplete is shown as it reads: the pieces are the whole reply.
+            whole = assistant.tokenizer.decode(written)
+            if whole.startswith(shown) and whole != shown:
+                yield whole[len(shown) :]
         finally:
             reply = assistant.tokenizer.decode(written)
             self.turns = [*turns, Turn("assistant", (reply,) if reply else ())]

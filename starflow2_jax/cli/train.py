@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     from starflow2_jax.parallel.distributed import join_job
     from starflow2_jax.training import loop
 
-    claim_devices(config.cpu_devices)
+    claim_devices(config.get("cpu_devices"))
     join_job()
     workdir = claim_workdir(args.workdir, config)
     with skipped_log(workdir / f"skipped_records_{jax.process_index()}.log"):

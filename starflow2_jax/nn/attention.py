@@ -4,12 +4,19 @@ Letters: B rows, T queries of this call, M cache slots, K kv heads, G query head
 """
 
 import dataclasses
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 
+from starflow2_jax.nn import partition
 from starflow2_jax.nn.layers import at_least_float32
+
+# Causal attention of at least this many positions is done for parts of the queries, each with the
+# keys up to its end.
+CAUSAL_SIZE = 64
+CAUSAL_PARTS = 4
 
 
 @jax.tree_util.register_dataclass
@@ -99,13 +106,25 @@ def attend(
     smallest = jnp.finfo(wide).min
     q = _scaled(q, spec)
 
-    def scores(keys: jax.Array) -> jax.Array:
-        return jnp.einsum("btkgd,bskd->bkgts", q, keys, preferred_element_type=wide)
+    def scores(keys: jax.Array, queries: jax.Array = q) -> jax.Array:
+        return jnp.einsum("btkgd,bskd->bkgts", queries, keys, preferred_element_type=wide)
 
-    own = jnp.where(_visible(spec, rows, size)[:, None, None], scores(k), smallest)
+    visible = _visible(spec, rows, size)[:, None, None]
     if past is None:
-        weights = jax.nn.softmax(own, axis=-1).astype(v.dtype)
-        return jnp.einsum("bkgts,bskd->btkgd", weights, v)
+
+        def queries(first: int, end: int, keys: int) -> jax.Array:
+            seen = visible[..., first:end, :keys]
+            mixed = jnp.where(seen, scores(k[:, :keys], q[:, first:end]), smallest)
+            weights = jax.nn.softmax(mixed, axis=-1).astype(v.dtype)
+            return jnp.einsum("bkgts,bskd->btkgd", weights, v[:, :keys])
+
+        if not spec.causal or size < CAUSAL_SIZE or partition.axis_extent("length") > 1:
+            return queries(0, size, size)
+        # A part of the queries needs no key behind it: with four parts, 5/8 of the work.
+        edges = [size * part // CAUSAL_PARTS for part in range(CAUSAL_PARTS + 1)]
+        parts = [queries(first, end, end) for first, end in itertools.pairwise(edges)]
+        return jnp.concatenate(parts, axis=1)
+    own = jnp.where(visible, scores(k), smallest)
     slots = past.k.shape[1]
     filled = jnp.arange(slots)[None, :] < past.length[:, None]  # [B, M]
     before = jnp.where(filled[:, None, None, None], scores(past.k.astype(q.dtype)), smallest)
