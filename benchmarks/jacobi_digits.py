@@ -29,6 +29,8 @@ from starflow2_jax.sampling.prompts import Row, padded
 from starflow2_jax.sampling.state import RowSettings, SampleState, row_settings
 
 THRESHOLDS = (0.0, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+# What the digits report chooses.
+GUIDANCE, TEMPERATURE = 1.0, 1.3
 
 
 class Case:
@@ -210,7 +212,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="pairs of each timing")
     args = parser.parse_args()
     model = load(args.model)
-    guided = Case(model, args.rows, guidance=3.0, temperature=0.8)
+    guided = Case(model, args.rows, guidance=GUIDANCE, temperature=TEMPERATURE)
     plain = Case(model, args.rows, guidance=0.0, temperature=1.0)
     rows = []
     measured = (
