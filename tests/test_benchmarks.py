@@ -40,6 +40,7 @@ def test_real_timings_make_a_row(flow_speed):
     assert flow_speed.row("x", timings, 1.0)["ratio"] > 0
 
 
+@pytest.mark.slow
 def test_every_row_of_the_release_has_a_program_of_its_size(flow_speed):
     sizes = {"starflow": 9.50e6, "tarflow": 9.79e6}
     for name, case in flow_speed.cases().items():
