@@ -5,11 +5,11 @@ import pathlib
 import signal
 
 import resume_config
-from resume_config import make_model_config  # noqa: F401  part of the config file
 
 from starflow2_jax.data.mixture import Entry, MixtureData
 from starflow2_jax.data.sources import WebDatasetSource
 from starflow2_jax.data.tasks import Draw, Read
+from starflow2_jax.training.pretzel import PretzelTask
 
 
 def get_config():
@@ -40,6 +40,12 @@ def make_data(config):
         },
         mixtures=mixtures,
     )
+
+
+def make_task(config, workdir):
+    data = make_data(config)
+    model_config = resume_config.make_model_config(config, data)
+    return PretzelTask(config, data, model_config, draw_samples=None)
 
 
 def report(config, workdir):
