@@ -87,9 +87,15 @@ class PiecewiseHandler(ocp.type_handlers.NumpyHandler):
             if not value.ndim:
                 await store.write(value.read(0, 1))
                 return
+            writing: ts.WriteFutures | None = None
             for start in range(0, value.shape[0], value.chunk[0]):
                 stop = min(start + value.chunk[0], value.shape[0])
-                await store[start:stop].write(value.read(start, stop))
+                rows = value.read(start, stop)  # while the last ones are compressed and written
+                if writing is not None:
+                    await writing
+                writing = store[start:stop].write(rows)
+            if writing is not None:
+                await writing
 
 
 def piecewise_checkpointer() -> ocp.Checkpointer:
