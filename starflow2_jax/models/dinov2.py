@@ -6,7 +6,8 @@ patch.
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,11 @@ def dinov2_giant(registers: bool = False) -> DinoV2Config:
     """ViT-g/14: 1.14 G parameters."""
     config = _published(40, 1536, 24, registers)
     return dataclasses.replace(config, mlp="swiglu", mlp_width=swiglu_width(config.mlp_width))
+
+
+def from_json(fields: Mapping[str, Any]) -> DinoV2Config:
+    """The inverse of `dataclasses.asdict`."""
+    return DinoV2Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 @jax.tree_util.register_dataclass
