@@ -7,7 +7,8 @@ r"""The published FAE: latents of 16x16x32 numbers of 256x256 images, on DINOv2-
 
 `perceptual` names torchvision's VGG-16 and the weights of LPIPS 0.1 on it; without them the
 perceptual term is left out. The paper gives sizes, steps, batches and rates (arXiv 2512.07829);
-what it does not give is as in the family's own decoder training. At the end: report.json.
+what it does not give is as in the family's own decoder training. At the end: report.json,
+losses.png.
 """
 
 import functools
@@ -20,7 +21,7 @@ from flax import nnx
 from starflow2_jax.convert.lpips import load_lpips
 from starflow2_jax.data.images import open_folder, random_flip, write_folder
 from starflow2_jax.errors import UserError
-from starflow2_jax.evaluation.pictures import grid
+from starflow2_jax.evaluation.pictures import grid, plot_losses
 from starflow2_jax.evaluation.reconstruction import measure_reconstruction, reconstructed
 from starflow2_jax.fae_bundle import load_fae, load_vit
 from starflow2_jax.models.dinov2 import DinoV2, DinoV2Config
@@ -187,5 +188,7 @@ def report(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     images = held_out.batch(np.linspace(0, len(held_out) - 1, count).astype(int))["images"]
     measured = measure_reconstruction(model, images)
     write_json(workdir / "report.json", {"images": count, **measured})
+    panels = [(n, "loss_features" if n == "features" else "loss_pixels") for n in config.stages]
+    plot_losses(workdir, panels)
     for name, value in measured.items():
         print(f"{name}: {value:.4g}")
