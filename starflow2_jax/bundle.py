@@ -27,7 +27,8 @@ from starflow2_jax.provenance import write_json
 from starflow2_jax.training.checkpoint import load_tree, save_tree
 
 MODEL_FILE = "model.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+CODEC_ARRAYS = ("order", "basis", "waves", "divisors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ def save_bundle(folder: pathlib.Path, bundle: Bundle) -> None:
     bundle.tokenizer.save(folder / "tokenizer")
     tree = {
         "model": nnx.to_pure_dict(nnx.state(bundle.model)),
-        "codec": fetch({n: getattr(bundle.codec, n) for n in ("order", "basis", "divisors")}),
+        "codec": fetch({n: getattr(bundle.codec, n) for n in CODEC_ARRAYS}),
     }
     save_tree(folder / "weights", tree, {}, overwrite=True)
     record = {
@@ -96,7 +97,8 @@ def load_bundle(folder: pathlib.Path) -> Bundle:
     codec = {
         "order": jax.ShapeDtypeStruct((patches * values,), jnp.int32),
         "basis": jax.ShapeDtypeStruct((values, values), jnp.float32),
-        "divisors": jax.ShapeDtypeStruct((patches, values), jnp.float32),
+        "waves": jax.ShapeDtypeStruct((values, patches, patches), jnp.float32),
+        "divisors": jax.ShapeDtypeStruct((values, patches), jnp.float32),
     }
     wanted = {"model": nnx.to_pure_dict(abstract), "codec": codec}
     arrays, _ = load_tree(folder / "weights", jax.tree.map(_on_default_device, wanted))
