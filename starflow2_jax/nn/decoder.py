@@ -1,6 +1,7 @@
 """The one transformer stack: scanned layers, with or without a key/value cache.
 
-The language model, the deep flow block and every shallow block are configurations of it.
+The language model and its vision tower, the deep flow block and every shallow block, DINOv2 and
+the FAE's decoders are configurations of it.
 Letters: B rows, T positions, D width, H heads, K kv heads, G = H / K, d head width, L layers,
 M cache slots.
 """
@@ -33,10 +34,12 @@ class DecoderConfig:
     Attributes:
         norm: "layer" (LayerNorm), "rms" (gain = weight).
         mlp: "gelu" (exact, two matrices) or "swiglu" (three).
-        final_norm: none, "rms" (gain = weight) or "rms_unit_offset" (gain = 1 + weight).
+        final_norm: none, "layer", "rms" (gain = weight) or "rms_unit_offset" (gain = 1 + weight).
         remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "full".
         window: positions per window of local attention; 0: no layer has any.
         whole_layers: layers that see past the windows.
+        qk_norm: queries and keys have an RMSNorm over each head, before the rotation.
+        layer_scale: start of a gain on what each sublayer adds; 0: there is none.
     """
 
     layers: int
@@ -51,11 +54,13 @@ class DecoderConfig:
     out_bias: bool
     mlp_bias: bool
     norm_epsilon: float
-    final_norm: Literal["none", "rms", "rms_unit_offset"] = "none"
+    final_norm: Literal["none", "layer", "rms", "rms_unit_offset"] = "none"
     final_norm_epsilon: float = 1e-6
     remat: Literal["none", "dots", "full"] = "none"
     window: int = 0
     whole_layers: tuple[int, ...] = ()
+    qk_norm: bool = False
+    layer_scale: float = 0.0
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -84,6 +89,9 @@ class Attention(nnx.Module):
             bias=config.out_bias,
             stack=stack,
         )
+        self.q_norm, self.k_norm = (
+            nnx.data(_head_norm(config, rngs, stack) if config.qk_norm else None) for _ in "qk"
+        )
 
     def __call__(
         self,
@@ -101,6 +109,8 @@ class Attention(nnx.Module):
         qkv = self.qkv(x).reshape(*x.shape[:2], c.kv_heads, groups + 2, c.head_dim)
         qkv = partition.constrain(qkv, ("batch", "length", "heads", None, None))
         q, k, v = qkv[..., :groups, :], qkv[..., groups, :], qkv[..., groups + 1, :]
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
         # Under a sharded length every query needs every key of its row.
@@ -115,8 +125,14 @@ class Attention(nnx.Module):
         return self.out(mixed.reshape(*x.shape[:2], -1)), (k, v)
 
 
+def _head_norm(config: DecoderConfig, rngs: nnx.Rngs, stack: tuple[int, ...]) -> layers.RMSNorm:
+    return layers.RMSNorm(
+        config.head_dim, rngs=rngs, epsilon=config.norm_epsilon, stack=stack, logical=(None,)
+    )
+
+
 class DecoderLayer(nnx.Module):
-    """h += Attention(norm(h)); h += MLP(norm(h))."""
+    """h += Attention(norm(h)); h += MLP(norm(h)); with `layer_scale` times a gain each."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, stack: tuple[int, ...]) -> None:
         norm = layers.LayerNorm if config.norm == "layer" else layers.RMSNorm
@@ -130,6 +146,14 @@ class DecoderLayer(nnx.Module):
         self.attention = Attention(config, rngs=rngs, stack=stack)
         self.mlp_norm = norm(config.width, **norm_args)
         self.mlp = mlp(config.width, config.mlp_width, rngs=rngs, bias=config.mlp_bias, stack=stack)
+        self.attention_scale, self.mlp_scale = (
+            nnx.data(
+                layers.LayerScale(config.width, start=config.layer_scale, stack=stack)
+                if config.layer_scale
+                else None
+            )
+            for _ in range(2)
+        )
 
     def __call__(
         self,
@@ -143,8 +167,9 @@ class DecoderLayer(nnx.Module):
         Where rows are in step (`in_step`): all keys and values, [B, M, K, d].
         """
         mixed, kv = self.attention(self.attention_norm(x), rotation, spec, past)
-        x = x + mixed
-        x = x + self.mlp(self.mlp_norm(x))
+        x = x + (mixed if self.attention_scale is None else self.attention_scale(mixed))
+        hidden = self.mlp(self.mlp_norm(x))
+        x = x + (hidden if self.mlp_scale is None else self.mlp_scale(hidden))
         return partition.constrain(x, ("batch", "length", "embed_activation")), kv
 
 
@@ -231,22 +256,23 @@ def _looped(body: Callable, x: jax.Array, xs: tuple) -> tuple[jax.Array, list]:
     return x, outputs
 
 
+def _final_norm(config: DecoderConfig, rngs: nnx.Rngs) -> nnx.Module | None:
+    if config.final_norm == "none":
+        return None
+    width, epsilon = config.width, config.final_norm_epsilon
+    if config.final_norm == "layer":
+        return layers.LayerNorm(width, rngs=rngs, epsilon=epsilon)
+    unit_offset = config.final_norm == "rms_unit_offset"
+    return layers.RMSNorm(width, rngs=rngs, epsilon=epsilon, unit_offset=unit_offset)
+
+
 class Decoder(nnx.Module):
     """L pre-norm layers as one scan, then the final norm if there is one."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.layers = DecoderLayer(config, rngs=rngs, stack=(config.layers,))
-        self.final_norm = nnx.data(
-            None
-            if config.final_norm == "none"
-            else layers.RMSNorm(
-                config.width,
-                rngs=rngs,
-                epsilon=config.final_norm_epsilon,
-                unit_offset=config.final_norm == "rms_unit_offset",
-            )
-        )
+        self.final_norm = nnx.data(_final_norm(config, rngs))
 
     def unrolled(self) -> "Decoder":
         """The same stack, its layers one after another in place of a scan; not to be trained.

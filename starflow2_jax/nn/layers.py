@@ -118,12 +118,13 @@ class RMSNorm(nnx.Module):
         epsilon: float = 1e-6,
         unit_offset: bool = False,
         stack: tuple[int, ...] = (),
+        logical: tuple[str | None] = ("embed",),
     ) -> None:
         del rngs
         self.epsilon = epsilon
         self.unit_offset = unit_offset
         start = jnp.zeros if unit_offset else jnp.ones
-        self.weight = nnx.Param(start((*stack, features), jnp.float32), logical=("embed",))
+        self.weight = nnx.Param(start((*stack, features), jnp.float32), logical=logical)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D], in x's dtype."""
@@ -131,6 +132,17 @@ class RMSNorm(nnx.Module):
         inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
         gain = self.weight[...].astype(wide.dtype) + float(self.unit_offset)
         return (wide * inverse * gain).astype(x.dtype)
+
+
+class LayerScale(nnx.Module):
+    """A gain for each channel of what a sublayer adds (arXiv 2103.17239)."""
+
+    def __init__(self, features: int, *, start: float, stack: tuple[int, ...] = ()) -> None:
+        self.gain = nnx.Param(jnp.full((*stack, features), start, jnp.float32), logical=("embed",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D], in x's dtype."""
+        return x * self.gain[...].astype(x.dtype)
 
 
 class GeluMLP(nnx.Module):
