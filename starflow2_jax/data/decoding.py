@@ -45,6 +45,24 @@ def decode(data: bytes, shape: ImageShape) -> np.ndarray:
     return pixels.reshape(shape.height, shape.width, shape.channels)
 
 
+def decode_still(data: bytes, shape: ImageShape) -> np.ndarray:
+    """`decode`, for images that are there to stay: nothing is guessed, and nothing passed over.
+
+    Raises:
+        ValueError: an animation, or more than 8 bits per channel; and what `decode` raises.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            frames, mode = getattr(image, "n_frames", 1), image.mode
+    except UnidentifiedImageError:
+        raise ValueError(f"{len(data)} bytes that are no image of a known format") from None
+    if frames > 1:
+        raise ValueError(f"animated ({frames} frames); expected one picture")
+    if mode.startswith(("I", "F")):
+        raise ValueError(f"of mode {mode}; expected 8 bits per channel")
+    return decode(data, shape)
+
+
 def _cover(image: Image.Image, width: int, height: int) -> Image.Image:
     """Scales so that the image covers width x height, and cuts what stands out on two sides."""
     scale = min(image.width / width, image.height / height)

@@ -180,9 +180,7 @@ def write_emoji(archive: str | os.PathLike[str], folder: str | os.PathLike[str])
     missing = [one.file for one in emoji if one.file not in files]
     if missing:
         raise UserError(f"{archive}: {len(missing)} pictures are missing ({missing[0]}, ...)")
-    pictures = {
-        one.file: read_picture(files[one.file], f"{archive}: {one.file}") for one in emoji
-    }
+    pictures = {one.file: read_picture(files[one.file], f"{archive}: {one.file}") for one in emoji}
     try:
         for split in SPLITS:
             (folder / split).mkdir(parents=True, exist_ok=True)
