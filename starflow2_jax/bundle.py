@@ -2,6 +2,7 @@
 
 DIR/model.json   shapes, image size, and where the weights come from
 DIR/weights/     every parameter, and the codec's arrays
+DIR/fae/         the FAE, see `fae_bundle`, where images are its latents
 DIR/tokenizer/   see `data.tokenizer`
 """
 
@@ -18,7 +19,10 @@ from flax import nnx
 from starflow2_jax.data.sequences import ImageShape
 from starflow2_jax.data.tokenizer import Tokenizer, load_tokenizer
 from starflow2_jax.errors import UserError
+from starflow2_jax.fae_bundle import load_fae, save_fae
 from starflow2_jax.models import qwen2_5_vl
+from starflow2_jax.models.codec import Codec
+from starflow2_jax.models.fae_codec import FAECodec
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.patches import PatchCodec
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, SpecialTokens
@@ -27,6 +31,7 @@ from starflow2_jax.provenance import write_json
 from starflow2_jax.training.checkpoint import load_tree, save_tree
 
 MODEL_FILE = "model.json"
+FAE_FOLDER = "fae"
 FORMAT_VERSION = 1
 
 
@@ -35,7 +40,7 @@ class Bundle:
     """What a model directory holds."""
 
     model: Pretzel
-    codec: PatchCodec
+    codec: Codec
     tokenizer: Tokenizer
     image: ImageShape
     metadata: Mapping[str, Any]
@@ -57,15 +62,21 @@ def config_from_json(record: Mapping[str, Any]) -> PretzelConfig:
 def save_bundle(folder: pathlib.Path, bundle: Bundle) -> None:
     """Writes the directory; `model.json` comes last: without it the directory is no model."""
     bundle.tokenizer.save(folder / "tokenizer")
-    tree = {
-        "model": nnx.to_pure_dict(nnx.state(bundle.model)),
-        "codec": fetch({n: getattr(bundle.codec, n) for n in ("order", "basis", "divisors")}),
-    }
+    tree = {"model": nnx.to_pure_dict(nnx.state(bundle.model))}
+    of_codec: dict[str, Any] = {}
+    if isinstance(bundle.codec, FAECodec):
+        save_fae(folder / FAE_FOLDER, bundle.codec.model)
+        of_codec["fae"] = {"noise_std": bundle.codec.noise_std, "dtype": bundle.codec.dtype}
+    else:
+        arrays = ("order", "basis", "divisors")
+        tree["codec"] = fetch({name: getattr(bundle.codec, name) for name in arrays})
     save_tree(folder / "weights", tree, {}, overwrite=True)
     record = {
         "format_version": FORMAT_VERSION,
         "model": dataclasses.asdict(bundle.model.config),
-        "image": dataclasses.asdict(bundle.image),
+        # Whoever loads the model has pixels.
+        "image": dataclasses.asdict(dataclasses.replace(bundle.image, moments=0)),
+        **of_codec,
         **bundle.metadata,
     }
     write_json(folder / MODEL_FILE, record)
@@ -92,18 +103,27 @@ def load_bundle(folder: pathlib.Path) -> Bundle:
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, this package reads {FORMAT_VERSION}")
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Pretzel(config, rngs=nnx.Rngs(0))))
-    patches, values = config.flow.channels, config.flow.tokens
-    codec = {
-        "order": jax.ShapeDtypeStruct((patches * values,), jnp.int32),
-        "basis": jax.ShapeDtypeStruct((values, values), jnp.float32),
-        "divisors": jax.ShapeDtypeStruct((patches, values), jnp.float32),
-    }
-    wanted = {"model": nnx.to_pure_dict(abstract), "codec": codec}
+    shape = (image.height, image.width, image.channels)
+    wanted = {"model": nnx.to_pure_dict(abstract)}
+    if "fae" not in record:
+        patches, values = config.flow.channels, config.flow.tokens
+        wanted["codec"] = {
+            "order": jax.ShapeDtypeStruct((patches * values,), jnp.int32),
+            "basis": jax.ShapeDtypeStruct((values, values), jnp.float32),
+            "divisors": jax.ShapeDtypeStruct((patches, values), jnp.float32),
+        }
     arrays, _ = load_tree(folder / "weights", jax.tree.map(_on_default_device, wanted))
     nnx.replace_by_pure_dict(abstract, arrays["model"])
+    if "fae" in record:
+        try:
+            codec = FAECodec(load_fae(folder / FAE_FOLDER), shape, **record["fae"])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path} does not fit {folder / FAE_FOLDER} ({error})") from error
+    else:
+        codec = PatchCodec(**arrays["codec"], shape=shape)
     return Bundle(
         model=nnx.merge(graphdef, abstract),
-        codec=PatchCodec(**arrays["codec"], shape=(image.height, image.width, image.channels)),
+        codec=codec,
         tokenizer=load_tokenizer(folder / "tokenizer"),
         image=image,
         metadata=record,

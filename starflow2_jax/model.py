@@ -24,7 +24,8 @@ from starflow2_jax.data.pipeline import BatchShape, HostBatch, single_batch, to_
 from starflow2_jax.data.sequences import Document, Turn, encode_turns, unconditional_prompt
 from starflow2_jax.data.views import places_of
 from starflow2_jax.errors import UserError
-from starflow2_jax.models.patches import PatchCodec, noisy_latents
+from starflow2_jax.models.codec import Codec
+from starflow2_jax.models.patches import noisy_latents
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.parallel.distributed import fetch
 from starflow2_jax.sampling import display, generate
@@ -87,7 +88,8 @@ class Scores:
     Attributes:
         images: [I], log p(latents of image i | all before it).
         bits_per_dim: [I], of the 8-bit image given all before it: an upper bound from one
-            dequantisation draw (or the mean of several).
+            dequantisation draw (or the mean of several). Of an FAE's latents: of these, as they
+            are with one draw of their noise.
         text: log p of the assistant's text tokens, in order.
     """
 
@@ -266,7 +268,11 @@ class Model:
         return fetch(self.bundle.codec.to_uint8(x))[:count]
 
     def latents(self, images: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
-        """Images uint8 [B, H, W, channels], dequantised by their seeds, -> u [B, N, C]."""
+        """Images uint8 [B, H, W, channels] as they are read, with noise by their seeds, to u.
+
+        Returns:
+            [B, N, C].
+        """
         count = generate.bucket(len(images), 4)
         padded = np.resize(images, (count, *images.shape[1:]))
         numbers = np.resize(np.asarray(seeds, np.uint32), count)
@@ -350,14 +356,14 @@ def _image_seeds(record: int, images: int) -> np.ndarray:
 
 
 @jax.jit
-def _latents(model: Pretzel, codec: PatchCodec, images: jax.Array, seeds: jax.Array) -> jax.Array:
-    x = noisy_latents(codec, images, 0, seeds)
+def _latents(model: Pretzel, codec: Codec, images: jax.Array, seeds: jax.Array) -> jax.Array:
+    x = noisy_latents(codec, images, 0, seeds, reading=True)
     return model.shallow.forward(x, jnp.dtype(model.config.dtype))[0][-1]
 
 
 @jax.jit
 def _score(
-    model: Pretzel, codec: PatchCodec, batch: HostBatch, draw: jax.Array
+    model: Pretzel, codec: Codec, batch: HostBatch, draw: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """log p of images [B, I] and of text tokens [B, T], nats."""
     x = noisy_latents(codec, batch["images"], draw, batch["image_seeds"])

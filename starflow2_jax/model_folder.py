@@ -101,7 +101,8 @@ def load_parameters(
     Raises:
         UserError: damaged, or of another model.
     """
-    graphdef, abstract = nnx.split(nnx.eval_shape(make_model))
+    # What is no parameter (statistics of data, say) keeps its place without a value.
+    graphdef, abstract, others = nnx.split(nnx.eval_shape(make_model), nnx.Param, ...)
     stored = stored_tree(weights)
     if mesh is None:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -120,4 +121,4 @@ def load_parameters(
     )
     arrays, _ = load_tree(weights, tree)
     nnx.replace_by_pure_dict(abstract, arrays)
-    return nnx.merge(graphdef, abstract)
+    return nnx.merge(graphdef, abstract, others)

@@ -15,7 +15,7 @@ from starflow2_jax.data.sources.record import RecordError, Source
 from starflow2_jax.data.tasks import Task
 from starflow2_jax.data.tokenizer import Tokenizer
 from starflow2_jax.errors import UserError
-from starflow2_jax.models.patches import PatchCodec
+from starflow2_jax.models.codec import Codec
 
 _BLOCK = 10_000
 """Draws in which the weights hold exactly; they are multiples of one in so many."""
@@ -176,7 +176,7 @@ class MixtureData:
         *,
         tokenizer: Tokenizer,
         image: ImageShape,
-        codec: PatchCodec,
+        codec: Codec,
         entries: Mapping[str, Entry],
         mixtures: Mapping[str, Mapping[str, float]],
         text_drop: float = 0.1,

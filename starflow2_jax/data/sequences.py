@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+import ml_dtypes
 import numpy as np
 
 from starflow2_jax.data.tokenizer import Tokenizer
@@ -44,20 +45,34 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class ImageShape:
-    """What an image must be, and how many tokens it takes: side x side."""
+    """What an image must be, and how many tokens it takes: side x side.
+
+    Attributes:
+        moments: 0, or numbers per token of images that come as cached latents in place of pixels:
+            means, then log-variances.
+    """
 
     height: int
     width: int
     channels: int
     side: int
+    moments: int = 0
+
+    @property
+    def array(self) -> tuple[tuple[int, ...], np.dtype]:
+        """Shape and type of an image: uint8 [H, W, channels], or bfloat16 [N, moments]."""
+        if self.moments:
+            return (self.side**2, self.moments), np.dtype(ml_dtypes.bfloat16)
+        return (self.height, self.width, self.channels), np.dtype(np.uint8)
 
     def check(self, image: np.ndarray, where: str) -> None:
         """Raises UserError when the image has another size or type."""
-        expected = (self.height, self.width, self.channels)
-        if image.shape != expected or image.dtype != np.uint8:
+        shape, dtype = self.array
+        if image.shape != shape or image.dtype != dtype:
+            axes = "(tokens, moments)" if self.moments else "(height, width, channels)"
             raise UserError(
                 f"{where}: image of shape {image.shape} {image.dtype}, "
-                f"expected {expected} (height, width, channels) uint8"
+                f"expected {shape} {axes} {dtype}"
             )
 
 
@@ -69,7 +84,7 @@ class Document:
         tokens, kinds: int32 [T].
         positions: int32 [T, 3] (time, row, column).
         text_loss: bool [T], at the target.
-        images: uint8 [I, H, W, channels], in order.
+        images: uint8 [I, H, W, channels], in order; or cached latents, see `ImageShape`.
         views: what the vision tower sees, in order.
     """
 
@@ -141,9 +156,8 @@ class Writer:
         """What was written."""
         loss = np.concatenate(self._loss)
         loss[0] = False  # nothing stands before it
-        images = np.zeros(
-            (len(self._images), self.shape.height, self.shape.width, self.shape.channels), np.uint8
-        )
+        shape, dtype = self.shape.array
+        images = np.zeros((len(self._images), *shape), dtype)
         for i, image in enumerate(self._images):
             images[i] = image
         return Document(

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from starflow2_jax.data.pipeline import HostBatch, to_rows
-from starflow2_jax.models.patches import PatchCodec, noisy_latents
+from starflow2_jax.models.codec import Codec
+from starflow2_jax.models.patches import noisy_latents
 from starflow2_jax.models.pretzel import Likelihood, Parts, Pretzel, Rows
 from starflow2_jax.nn import partition
 
@@ -97,7 +98,7 @@ class PretzelLoss:
     def __call__(
         self,
         model: Pretzel,
-        constants: PatchCodec,
+        constants: Codec,
         batch: HostBatch,
         seed: jax.Array,
         noise_std: jax.Array,

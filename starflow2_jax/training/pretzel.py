@@ -13,7 +13,7 @@ from starflow2_jax.bundle import Bundle, save_bundle
 from starflow2_jax.data.pipeline import BatchShape, HostBatch, packed_batches
 from starflow2_jax.data.sequences import ImageShape
 from starflow2_jax.data.tokenizer import Tokenizer
-from starflow2_jax.models.patches import PatchCodec
+from starflow2_jax.models.codec import Codec
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig
 from starflow2_jax.training.stages import STAGES, Stage
 
@@ -23,7 +23,7 @@ class Data(Protocol):
 
     tokenizer: Tokenizer
     image: ImageShape
-    codec: PatchCodec
+    codec: Codec
 
     def documents(self, stage: str, held_out: bool, seed: int) -> grain.IterDataset:
         """An endless stream of packable documents (see `data.pipeline.features`) for a stage."""
@@ -51,7 +51,7 @@ class PretzelTask:
         return STAGES
 
     @property
-    def constants(self) -> PatchCodec:
+    def constants(self) -> Codec:
         """The codec."""
         return self.data.codec
 

@@ -1,0 +1,95 @@
+"""FAE latents as what the flow sees of images: normalised posterior samples with a fixed noise.
+
+Letters: B images, N tokens, C latent channels, H, W pixels.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from starflow2_jax.models.fae import FeatureFAE
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FAECodec:
+    """An FAE with its ViT, frozen, in the place of `patches.PatchCodec`.
+
+    Attributes:
+        model: the FAE.
+        shape: (H, W, channels) of the images.
+        noise_std: of the noise on the normalised latents, always there: the flow models them so.
+        dtype: that the FAE computes in.
+    """
+
+    model: FeatureFAE
+    shape: tuple[int, int, int] = dataclasses.field(metadata={"static": True})
+    noise_std: float = dataclasses.field(default=0.3, metadata={"static": True})
+    dtype: str = dataclasses.field(default="float32", metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        height, width, _ = self.shape
+        size = self.model.config.image_size
+        if (height, width) != (size, size):
+            raise ValueError(f"the FAE decodes {size}x{size} pixels, not {height}x{width}")
+
+    def latents(
+        self,
+        images: jax.Array,
+        seed: jax.Array | int,
+        image_seeds: jax.Array,
+        noise_std: jax.Array | float = 0.0,
+        reading: bool = False,
+    ) -> jax.Array:
+        """Normalised latents of images with their noise, the same whatever batch they are in.
+
+        Args:
+            images: uint8 [B, H, W, channels]; or cached, [B, N, 2C]: means, then log-variances.
+            seed: of the run, or of one draw; scalar.
+            image_seeds: uint32 [B].
+            noise_std: of more noise, on top of the codec's own.
+            reading: the posterior's mean in place of a sample.
+
+        Returns:
+            x [B, N, C], float32.
+        """
+        fae = self.model.fae
+        cached = images.ndim == 3
+        if cached:
+            posterior = fae.posterior(images.astype(jnp.float32))
+        else:
+            posterior = self.model.encode(images, jnp.dtype(self.dtype))
+        base = jax.random.key(seed)
+        shape = posterior.mean.shape[1:]
+
+        def draw(image_seed: jax.Array) -> tuple[jax.Array, jax.Array]:
+            sample, noise = jax.random.split(jax.random.fold_in(base, image_seed))
+            return jax.random.normal(sample, shape), jax.random.normal(noise, shape)
+
+        normal, noise = jax.vmap(draw)(jnp.asarray(image_seeds))
+        z = posterior.mean if reading else posterior.sample(normal)
+        return fae.latents.normalise(z) + jnp.hypot(self.noise_std, noise_std) * noise
+
+    def decode(self, x: jax.Array) -> jax.Array:
+        """x [B, N, C] -> pixels [B, H, W, channels] on the [-1, 1] scale, not clipped.
+
+        The noise is still in x, unless it was removed, or the decoders were tuned to it.
+        """
+        fae = self.model.fae
+        pixels = fae.decode(fae.latents.denormalise(x).astype(self.dtype))
+        return 2.0 * pixels - 1.0
+
+    def to_uint8(self, x: jax.Array) -> jax.Array:
+        """x [B, N, C] -> 8-bit images."""
+        level = jnp.round((self.decode(x) + 1.0) * 127.5)
+        return jnp.clip(level, 0, 255).astype(jnp.uint8)
+
+    def bits_per_dim(self, log_prob: jax.Array) -> jax.Array:
+        """log p(x) in nats of a whole image -> bits per noisy normalised latent dim.
+
+        No bound on anything of the pixels.
+        """
+        config = self.model.config
+        return -log_prob / (config.tokens * config.channels * math.log(2.0))

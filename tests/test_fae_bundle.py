@@ -1,0 +1,209 @@
+"""Directories of an FAE, and its latents in the flow's place for images."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from test_fae import VIT, config
+
+from starflow2_jax import fae_bundle
+from starflow2_jax.bundle import Bundle, load_bundle, save_bundle
+from starflow2_jax.data.sequences import ImageShape, Turn, encode_turns
+from starflow2_jax.data.tokenizer import train_tokenizer
+from starflow2_jax.errors import UserError
+from starflow2_jax.model import Model
+from starflow2_jax.models.fae import FeatureFAE
+from starflow2_jax.models.fae_codec import FAECodec
+from starflow2_jax.models.patches import noisy_latents
+from starflow2_jax.models.pretzel import PretzelConfig
+from starflow2_jax.training.checkpoint import checksum
+
+SIZE = 20  # 4 tokens of 5 pixels
+
+
+def made(vit=VIT, seed=0):
+    cfg = config()
+    if vit is None:
+        cfg = config(features=48, pixel_decoder=dataclasses.replace(cfg.pixel_decoder, patch=4))
+    model = tiny.randomised(lambda: FeatureFAE(cfg, vit, rngs=nnx.Rngs(0)), seed)
+    for statistics in (model.fae.features, model.fae.latents):
+        statistics.std[...] = jnp.abs(statistics.std[...]) + 0.5
+    return model
+
+
+def pictures(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3), np.uint8)
+
+
+def arrays(model):
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+@pytest.mark.parametrize("vit", [VIT, None], ids=["vit", "patches"])
+def test_round_trip(tmp_path, vit):
+    model = made(vit)
+    fae_bundle.save_fae(tmp_path, model, {"stage": "features"})
+    again = fae_bundle.load_fae(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, arrays(again), arrays(model))
+    assert again.config == model.config and again.vit_config == vit
+    record = fae_bundle.read_fae(tmp_path)[1]
+    assert record["stage"] == "features" and record["checksum"] == checksum(arrays(again))
+    # Another model at the same place: its own checksum.
+    fae_bundle.save_fae(tmp_path, made(vit, seed=1))
+    assert fae_bundle.read_fae(tmp_path)[1]["checksum"] != record["checksum"]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fae")
+    fae_bundle.save_fae(folder, made())
+    return folder
+
+
+def damaged(stored, tmp_path, change):
+    import shutil
+
+    folder = tmp_path / "fae"
+    shutil.copytree(stored, folder)
+    change(folder)
+    with pytest.raises(UserError) as error:
+        fae_bundle.load_fae(folder)
+    return str(error.value)
+
+
+def test_missing_statistics(stored, tmp_path):
+    message = damaged(stored, tmp_path, lambda f: (f / "statistics.json").unlink())
+    assert "there is no statistics file" in message and "statistics.json" in message
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda r: r["latents"]["std"].pop(), "latents.std has 3 channels, the FAE has 4"),
+        (lambda r: r["latents"]["std"].__setitem__(0, 0.0), "latents.std has numbers"),
+        (lambda r: r.pop("features"), "no statistics of an FAE"),
+    ],
+)
+def test_damaged_statistics(stored, tmp_path, change, message):
+    def damage(folder):
+        path = folder / "statistics.json"
+        record = json.loads(path.read_text())
+        change(record)
+        path.write_text(json.dumps(record))
+
+    assert message in damaged(stored, tmp_path, damage)
+
+
+def test_vit_of_another_width(stored, tmp_path):
+    def widen(folder):
+        path = folder / "vit" / "model.json"
+        record = json.loads(path.read_text())
+        record["model"]["width"] = 64
+        path.write_text(json.dumps(record))
+
+    message = damaged(stored, tmp_path, widen)
+    assert "the ViT has 64 features, the FAE takes 32" in message
+
+
+def test_directories_of_other_models(stored, tmp_path):
+    with pytest.raises(UserError, match="of family fae, expected dinov2"):
+        fae_bundle.load_vit(stored)
+    with pytest.raises(UserError, match="of family dinov2, expected fae"):
+        fae_bundle.load_fae(stored / "vit")
+    with pytest.raises(UserError, match="no model.json; expected the directory of an FAE"):
+        fae_bundle.load_fae(tmp_path)
+
+
+def test_codec():
+    codec = FAECodec(made(), (SIZE, SIZE, 3), noise_std=0.3)
+    model, images = codec.model, jnp.asarray(pictures(3))
+    seeds = jnp.asarray([5, 6, 5], jnp.uint32)
+    latents = tiny.jit(
+        lambda codec, *rest, **more: codec.latents(*rest, **more), static_argnames="reading"
+    )
+    x = latents(codec, images, 0, seeds)
+    assert x.shape == (3, 16, 4) and x.dtype == jnp.float32
+    posterior = tiny.jit(lambda m, i: m.encode(i, jnp.float32))(model, images)
+    normalised = lambda z: (z - model.fae.latents.mean[...]) / model.fae.latents.std[...]
+    read = latents(codec, images, 0, seeds, reading=True)
+    noise = (read - normalised(posterior.mean)) / 0.3
+    # Images of one seed have the same noise; others another; and it is a standard normal.
+    tiny.close(noise[0], noise[2], 1e-4)
+    assert np.abs(noise[0] - noise[1]).max() > 1
+    assert 0.8 < noise.std() < 1.2
+    sampled = (x - read) / (posterior.std / model.fae.latents.std[...])
+    tiny.close(sampled[0], sampled[2], 1e-4)
+    assert (
+        0.8 < sampled.std() < 1.2
+        and np.abs(np.corrcoef(sampled.ravel(), noise.ravel())[0, 1]) < 0.3
+    )
+    # More noise adds up by variance.
+    more = latents(codec, images, 0, seeds, 0.4, reading=True)
+    tiny.close(more - normalised(posterior.mean), noise * 0.5, 1e-5)
+    # Whatever batch it is in.
+    tiny.close(latents(codec, images[1:2], 0, seeds[1:2])[0], x[1], 1e-5)
+    # Cached moments give the same latents; in bfloat16, to its precision.
+    moments = jnp.concatenate([posterior.mean, posterior.logvar], -1)
+    tiny.close(latents(codec, moments, 0, seeds), x, 1e-5)
+    rounded = latents(codec, moments.astype(jnp.bfloat16), 0, seeds)
+    assert 0 < np.abs(rounded - x).max() < 0.05
+    # With rows of images, as batches have them.
+    pairs = noisy_latents(codec, moments[:2][:, None], 0, seeds[:2, None])
+    tiny.close(pairs[:, 0], x[:2], 1e-5)
+    pixels = tiny.jit(lambda codec, x: (codec.decode(x), codec.to_uint8(x)))(codec, read)
+    tiny.close(pixels[0], 2 * model.fae.decode(model.fae.latents.denormalise(read)) - 1, 1e-5)
+    expected = np.clip(np.round((np.asarray(pixels[0], np.float64) + 1) * 127.5), 0, 255)
+    assert np.abs(expected - pixels[1]).max() <= 1 and pixels[1].dtype == np.uint8
+    # A standard normal's entropy is log2 sqrt(2 pi e) bits per dim.
+    nats = -16 * 4 * 0.5 * np.log(2 * np.pi * np.e)
+    tiny.close(codec.bits_per_dim(nats), 0.5 * np.log2(2 * np.pi * np.e), 1e-6)
+
+
+def test_codec_of_another_size():
+    with pytest.raises(ValueError, match="the FAE decodes 20x20 pixels, not 24x24"):
+        FAECodec(made(), (24, 24, 3))
+
+
+TOKENIZER = train_tokenizer(["a small picture"], 280)
+SHAPE = ImageShape(SIZE, SIZE, 3, side=4)
+
+
+def bundle(image=SHAPE):
+    vlm = tiny.vlm(vocab_size=TOKENIZER.vocab_size)
+    cfg = PretzelConfig(vlm, tiny.flow(channels=4, side=4), TOKENIZER.special)
+    codec = FAECodec(made(), (SIZE, SIZE, 3), noise_std=0.25)
+    return Bundle(tiny.pretzel(cfg), codec, TOKENIZER, image, {"note": "kept"})
+
+
+@pytest.mark.slow
+def test_model_directory_with_an_fae(tmp_path):
+    before = bundle(dataclasses.replace(SHAPE, moments=8))
+    save_bundle(tmp_path, before)
+    after = load_bundle(tmp_path)
+    assert after.image == SHAPE and after.codec.noise_std == 0.25
+    jax.tree.map(
+        np.testing.assert_array_equal, arrays(after.codec.model), arrays(before.codec.model)
+    )
+    [image] = pictures(1)
+    conversation = [Turn("user", ("a small picture",)), Turn("assistant", (image,))]
+    first, second = (Model(b).log_prob([conversation], seeds=[3])[0] for b in (bundle(), after))
+    np.testing.assert_array_equal(first.images, second.images)
+    tiny.close(first.bits_per_dim, -first.images / (64 * np.log(2)), 1e-6)
+
+
+def test_documents_of_cached_latents():
+    shape = dataclasses.replace(SHAPE, moments=8)
+    moments = np.random.default_rng(0).normal(size=(16, 8)).astype(ml_dtypes.bfloat16)
+    turns = [Turn("user", ("a small picture",)), Turn("assistant", (moments,))]
+    document = encode_turns(turns, TOKENIZER, shape)
+    assert document.images.shape == (1, 16, 8) and document.images.dtype == moments.dtype
+    np.testing.assert_array_equal(document.images[0], moments)
+    pixels = [Turn("user", ("a small picture",)), Turn("assistant", (pictures(1)[0],))]
+    with pytest.raises(UserError, match=r"expected \(16, 8\) \(tokens, moments\) bfloat16"):
+        encode_turns(pixels, TOKENIZER, shape)
