@@ -13,6 +13,8 @@ _MODES = {1: "L", 3: "RGB"}
 def decode(data: bytes, shape: ImageShape) -> np.ndarray:
     """An encoded image (JPEG, PNG, WebP, ...) as uint8 [H, W, channels].
 
+    Or, where images come as cached latents, their bytes as bfloat16 [N, moments].
+
     The image is turned as its EXIF orientation says, scaled until it covers the shape, and cropped
     in the middle. Transparency is laid over white.
 
@@ -24,6 +26,8 @@ def decode(data: bytes, shape: ImageShape) -> np.ndarray:
         Exception: what Pillow raises on damaged data: OSError (a truncated file among them),
             ValueError, SyntaxError, DecompressionBombError.
     """
+    if shape.moments:
+        return np.frombuffer(data, shape.array[1]).reshape(shape.array[0])
     try:
         opened = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:  # its message names an object in memory

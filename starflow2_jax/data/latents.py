@@ -268,20 +268,6 @@ def _write(writer: Any, pending: tuple[Any, list[dict[str, bytes]]] | None) -> i
     return len(pending[1])
 
 
-def decode_moments(data: bytes, tokens: int, moments: int) -> np.ndarray:
-    """A record's `moments` as bfloat16 [N, 2C].
-
-    Raises:
-        RecordError: the bytes are of another shape.
-    """
-    values = np.frombuffer(data, ml_dtypes.bfloat16)
-    if values.size != tokens * moments:
-        raise RecordError(
-            f"{values.size} numbers of cached latents, expected {tokens} tokens x {moments}"
-        )
-    return values.reshape(tokens, moments)
-
-
 class LatentSource(ArrayRecordSource):
     """The records of a cache: `moments`, and what was kept."""
 
@@ -308,6 +294,11 @@ class LatentSource(ArrayRecordSource):
         self.shape = shape
 
     def moments(self, index: int) -> np.ndarray:
-        """bfloat16 [N, 2C]."""
+        """bfloat16 [N, 2C].
+
+        Raises:
+            ValueError: the record holds another number of bytes.
+        """
         data = self[index].image(MOMENTS)
-        return decode_moments(data, self.shape.tokens, self.shape.moments)
+        shape = (self.shape.tokens, self.shape.moments)
+        return np.frombuffer(data, ml_dtypes.bfloat16).reshape(shape)
