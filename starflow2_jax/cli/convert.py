@@ -2,6 +2,7 @@
 
 qwen2_5_vl: a Hugging Face folder of Qwen2.5-VL to a model directory; a model directory back to a
 folder that `transformers` loads.
+dinov2: a Hugging Face folder of DINOv2, or a file of the original release, to a model directory.
 starflow, tarflow: a checkpoint of the released image models (.pth, which needs torch, or
 .safetensors) to a model directory; a model directory back to .safetensors.
 """
@@ -38,6 +39,18 @@ examples:
   starflow2 convert qwen2_5_vl DIR --to hf --out FOLDER
 
 Tensors keep their types. They are read and written one after another: a few are in memory.
+
+exit codes: 0 done; 2 bad input, with nothing written
+"""
+
+_DINO_EPILOG = """\
+examples:
+  starflow2 convert dinov2 dinov2-giant --out DIR
+  starflow2 convert dinov2 dinov2_vitg14_pretrain.pth --out DIR
+
+Sizes S, B, L and g, with and without registers. The position table is interpolated to grids of
+other sizes when it is used, as the source does it, or by --interpolation: to a size (transformers),
+to a scale with an offset (original, without registers), to a size with antialias (with registers).
 
 exit codes: 0 done; 2 bad input, with nothing written
 """
@@ -109,13 +122,28 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "sequence); any other mesh can load them too",
     )
     qwen.set_defaults(convert=_convert_qwen)
+    dino = kinds.add_parser(
+        "dinov2",
+        help="a DINOv2 of any size",
+        epilog=_DINO_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    dino.add_argument("source", metavar="SOURCE", help="Hugging Face folder, or file of weights")
+    dino.add_argument("--out", metavar="DIR", required=True, help="folder to make")
+    dino.add_argument(
+        "--interpolation",
+        choices=("size", "offset", "antialias"),
+        help="of the position table; default: the source's own",
+    )
+    dino.set_defaults(convert=_convert_dinov2)
 
 
 def run(args: argparse.Namespace) -> None:
     """Converts; prints what was passed over.
 
     Raises:
-        UserError: see `convert.release`, `convert.qwen2_5_vl`.
+        UserError: see `convert.release`, `convert.qwen2_5_vl`, `convert.dinov2`.
     """
     args.convert(args)
 
@@ -134,6 +162,16 @@ def _convert_qwen(args: argparse.Namespace) -> None:
         ignored = qwen2_5_vl.import_folder(folder, out, mesh)
         if ignored:
             print(f"passed over, not used by the model: {', '.join(ignored)}")
+    print(f"wrote {out}")
+
+
+def _convert_dinov2(args: argparse.Namespace) -> None:
+    from starflow2_jax.convert import dinov2
+
+    source, out = pathlib.Path(args.source), pathlib.Path(args.out)
+    ignored = dinov2.import_weights(source, out, args.interpolation)
+    if ignored:
+        print(f"passed over, not used by the model: {', '.join(ignored)}")
     print(f"wrote {out}")
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from flax import nnx
+from jax.sharding import Mesh
 
 from starflow2_jax.data.images import NO_CLASS, Augment, ImageFolder
 from starflow2_jax.data.pipeline import HostBatch
@@ -71,11 +72,16 @@ class ImageFlowStage:
     label_drop: float
     name: str = "train"
     draws: bool = True
+    averaged: bool = False
 
     @property
     def trainable(self) -> nnx.filterlib.Filter:
         """Everything."""
         return nnx.Param
+
+    def steps(self, config: StepConfig) -> StepConfig:
+        """As given."""
+        return config
 
     def loss(self, config: StepConfig, training: bool) -> ImageFlowLoss:
         """Held-out images keep their classes."""
@@ -127,6 +133,10 @@ class ImageFlowTask:
     def make_model(self, seed: int) -> ImageFlow:
         """A fresh model."""
         return ImageFlow(self.model_config, rngs=nnx.Rngs(seed))
+
+    def prepare(self, stage: str, model: ImageFlow, mesh: Mesh) -> ImageFlow:
+        """As it is."""
+        return model
 
     def batches(self, stage: str, held_out: bool, seed: int) -> grain.IterDataset:
         """Batches of images."""

@@ -139,12 +139,13 @@ def step_config(group: ml_collections.ConfigDict) -> StepConfig:
 
 
 def _run_stage(this: _Run, stage: Stage, frozen_checksum: str) -> nnx.Module:
-    """Trains (or finishes, or only loads) one stage; leaves its raw parameters in `this.model`.
+    """Trains (or finishes, or only loads) one stage; leaves the model of the next in `this.model`.
 
     Returns:
         The model with the stage's EMA.
     """
-    config = step_config(this.config.stages[stage.name])
+    this.model = this.task.prepare(stage.name, this.model, this.mesh)
+    config = stage.steps(step_config(this.config.stages[stage.name]))
     number = list(this.task.stages).index(stage)
     seed = this.config.seed + number
     graphdef, trainable, frozen = nnx.split(this.model, stage.trainable, ...)
@@ -181,7 +182,8 @@ def _run_stage(this: _Run, stage: Stage, frozen_checksum: str) -> nnx.Module:
                 metadata,
                 shardings,
             )
-    this.model = nnx.merge(graphdef, state["trainable"], frozen)
+    handed_on = state["ema" if stage.averaged else "trainable"]
+    this.model = nnx.merge(graphdef, handed_on, frozen)
     return nnx.merge(graphdef, state["ema"], frozen)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import grain
 import ml_collections
 from flax import nnx
+from jax.sharding import Mesh
 
 from starflow2_jax.bundle import Bundle, save_bundle
 from starflow2_jax.data.pipeline import BatchShape, HostBatch, packed_batches
@@ -58,6 +59,10 @@ class PretzelTask:
     def make_model(self, seed: int) -> Pretzel:
         """Both streams, fresh."""
         return Pretzel(self.model_config, rngs=nnx.Rngs(seed))
+
+    def prepare(self, stage: str, model: Pretzel, mesh: Mesh) -> Pretzel:
+        """As it is."""
+        return model
 
     def batches(self, stage: str, held_out: bool, seed: int) -> grain.IterDataset:
         """Packed rows."""

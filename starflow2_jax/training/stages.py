@@ -24,6 +24,7 @@ class Stage:
         trains: top-level parts of `Pretzel` that get gradients.
         parts: couplings that are computed.
         image, text: whether L_image and L_text are in the loss.
+        averaged: whether the next stage starts from the average of the parameters.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Stage:
     parts: Parts
     image: bool
     text: bool
+    averaged: bool = False
 
     @property
     def trainable(self) -> nnx.filterlib.Filter:
@@ -41,6 +43,10 @@ class Stage:
     def draws(self) -> bool:
         """Whether it changes what the model draws."""
         return self.image
+
+    def steps(self, config: StepConfig) -> StepConfig:
+        """As given."""
+        return config
 
     def loss(self, config: StepConfig, training: bool) -> PretzelLoss:
         """The losses that this stage has; without the regulariser where none is trained."""

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import grain
 from flax import nnx
+from jax.sharding import Mesh
 
 from starflow2_jax.data.pipeline import HostBatch
 from starflow2_jax.training.step import Loss, StepConfig
@@ -26,6 +27,13 @@ class Stage(Protocol):
     def draws(self) -> bool:
         """Whether it changes what the model draws."""
 
+    @property
+    def averaged(self) -> bool:
+        """Whether the next stage starts from the average of the parameters."""
+
+    def steps(self, config: StepConfig) -> StepConfig:
+        """The hyperparameters of its steps, of those that the config gives for all stages."""
+
     def loss(self, config: StepConfig, training: bool) -> Loss:
         """What the stage minimises; or, not `training`, what is measured on held-out data."""
 
@@ -43,6 +51,9 @@ class Task(Protocol):
 
     def make_model(self, seed: int) -> nnx.Module:
         """A fresh model; traced, so that it can be born sharded."""
+
+    def prepare(self, stage: str, model: Any, mesh: Mesh) -> Any:
+        """The model with what a stage needs of files or data, before it starts or goes on."""
 
     def batches(self, stage: str, held_out: bool, seed: int) -> grain.IterDataset:
         """An endless stream of a stage's batches."""
