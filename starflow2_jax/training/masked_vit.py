@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from flax import nnx
+from jax.sharding import Mesh
 
 from starflow2_jax.data.images import Augment, ImageFolder
 from starflow2_jax.data.pipeline import HostBatch
@@ -48,9 +49,9 @@ class MaskedLoss:
         dtype: of the computation.
     """
 
-    most_masked: float
-    seen: float
-    dtype: str
+    most_masked: float = 0.5
+    seen: float = 1.0
+    dtype: str = "float32"
 
     def __call__(
         self,
@@ -88,11 +89,16 @@ class MaskedStage:
     masked_loss: MaskedLoss
     name: str = "vit"
     draws: bool = False
+    averaged: bool = True
 
     @property
     def trainable(self) -> nnx.filterlib.Filter:
         """Everything."""
         return nnx.Param
+
+    def steps(self, config: StepConfig) -> StepConfig:
+        """As given."""
+        return config
 
     def loss(self, config: StepConfig, training: bool) -> MaskedLoss:
         """The same on held-out images."""
@@ -131,6 +137,11 @@ class MaskedViTTask:
     def make_model(self, seed: int) -> MaskedViT:
         """A fresh model."""
         return MaskedViT(self.model_config, rngs=nnx.Rngs(seed))
+
+    def prepare(self, stage: str, model: MaskedViT, mesh: Mesh) -> MaskedViT:
+        """As it is."""
+        del stage, mesh
+        return model
 
     def batches(self, stage: str, held_out: bool, seed: int) -> grain.IterDataset:
         """Batches of images."""
