@@ -128,7 +128,7 @@ def _vit(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> DinoV2Conf
     )
     own = ml_collections.ConfigDict({**config.to_dict(), "stages": {"vit": config.vit_stage}})
     train, held_out = _folders(config, workdir)
-    loss = MaskedLoss(most_masked=v.most_masked, seen=v.seen)
+    loss = MaskedLoss(model.table_side**2, most_masked=v.most_masked, seen=v.seen)
     task = MaskedViTTask(own, model, train, held_out, loss, varied)
     (workdir / "vit").mkdir(exist_ok=True)
     loop.run(own, types.SimpleNamespace(make_task=lambda *_: task), workdir / "vit")

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow2_jax.evaluation.pictures import grid, plot_losses
+from starflow2_jax.evaluation.reconstruction import measure_reconstruction
 from starflow2_jax.models.fae import FeatureFAE
 from starflow2_jax.provenance import write_json
 from starflow2_jax.training.metrics import read_metrics
@@ -119,7 +120,8 @@ def write_fae_report(
         "held_out_images": len(test),
         "latent_numbers": numbers,
         "pixel_numbers": int(np.prod(test.shape[1:])),
-        "psnr": {name: dataclasses.asdict(q) for name, q in rows.items()},
+        **measure_reconstruction(model, test),
+        "qualities": {name: dataclasses.asdict(q) for name, q in rows.items()},
         "stage_seconds": stages,
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
