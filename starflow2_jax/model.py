@@ -267,6 +267,26 @@ class Model:
             x, _ = parallel.to_x(self.pretzel, latents, jacobi)
         return fetch(self.bundle.codec.to_uint8(x))[:count]
 
+    def draw_latents(
+        self, prompts: Sequence[Conversation], sampling: Sampling, *, rows: int = 128
+    ) -> np.ndarray:
+        """Draws one image for each conversation: its latents x [B, N, C], not decoded.
+
+        Raises:
+            UserError: as `generate`.
+        """
+        drawn = []
+        sampling = dataclasses.replace(sampling, max_images=1)
+        for start in range(0, len(prompts), rows):
+            here = [min(i, len(prompts) - 1) for i in range(start, start + rows)]
+            here = here if len(prompts) > rows else list(range(len(prompts)))
+            encoded = self._rows([prompts[i] for i in here], draw=True)
+            options = self._options(here, sampling, None)
+            for output in generate.generate(self.pretzel, encoded, **options):
+                drawn.append(next(p.u for p in output.pieces if isinstance(p, Image)))
+        u = jnp.asarray(np.stack(drawn[: len(prompts)]))
+        return fetch(display.to_x(self.pretzel, u))
+
     def latents(self, images: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
         """Images uint8 [B, H, W, channels] as they are read, with noise by their seeds, to u.
 

@@ -188,3 +188,20 @@ class EmojiData:
         """An endless stream of a stage's documents."""
         conversations = Conversations(self._sets[held_out], self.tokenizer, self.image)
         return conversations.stream(self._mixtures[stage], stage == "pretrain_lm", seed)
+
+
+def varied(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A picture uint8 [H, W, 3] mirrored, moved by up to four pixels, in other colours; or not.
+
+    For what must show any picture well, and need not know what it shows.
+    """
+    if rng.random() < 0.5:
+        image = image[:, ::-1]
+    if rng.random() < 0.3:
+        image = image[..., rng.permutation(3)]
+    if rng.random() < 0.5:
+        top, left = rng.integers(0, 9, 2)
+        height, width, _ = image.shape
+        edges = ((4, 4), (4, 4), (0, 0))
+        image = np.pad(image, edges, constant_values=255)[top : top + height, left : left + width]
+    return np.ascontiguousarray(image)

@@ -181,26 +181,52 @@ def write_emoji(archive: str | os.PathLike[str], folder: str | os.PathLike[str])
     if missing:
         raise UserError(f"{archive}: {len(missing)} pictures are missing ({missing[0]}, ...)")
     pictures = {one.file: read_picture(files[one.file], f"{archive}: {one.file}") for one in emoji}
+    with archive.open("rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    about = {"package": PACKAGE, "licence": LICENCE, "archive_sha256": checksum}
+    _write(folder, emoji, pictures, about)
+    return {split: sum(one.split == split for one in emoji) for split in SPLITS}
+
+
+def _write(
+    folder: pathlib.Path,
+    emoji: Sequence[Emoji],
+    pictures: Mapping[str, np.ndarray],
+    about: Mapping[str, Any],
+) -> None:
     try:
         for split in SPLITS:
             (folder / split).mkdir(parents=True, exist_ok=True)
         for one in emoji:
             Image.fromarray(pictures[one.file]).save(folder / one.split / one.file)
-        with archive.open("rb") as file:
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-    write_json(
-        folder / MANIFEST,
-        {
-            "format_version": FORMAT_VERSION,
-            "package": PACKAGE,
-            "licence": LICENCE,
-            "archive_sha256": checksum,
-            "emoji": [dataclasses.asdict(one) for one in emoji],
-        },
-    )
-    return {split: sum(one.split == split for one in emoji) for split in SPLITS}
+    listed = [dataclasses.asdict(one) for one in emoji]
+    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, **about, "emoji": listed})
+
+
+def write_made(folder: pathlib.Path, seed: int) -> pathlib.Path:
+    """A folder as `write_emoji` makes it, of discs and bars; written once.
+
+    For a test of an installation that has no archive.
+    """
+    if (folder / MANIFEST).is_file():
+        return folder
+    rng = np.random.default_rng(seed)
+    row, column = np.mgrid[:SIZE, :SIZE] - SIZE // 2
+    emoji, pictures = [], {}
+    for split in SPLITS:
+        for shape, inside in (("disc", row**2 + column**2 < 600), ("bar", abs(row) < 12)):
+            for colour in ("red", "blue"):
+                base = f"{split}-{shape}-{colour}"
+                for tone in ((), *((tone,) for tone in TONES.values())):
+                    name = "-".join([base, *tone]) + ".png"
+                    emoji.append(Emoji(name, split, f"{colour} {shape}", "Shapes", base, tone))
+                    made = np.full((SIZE, SIZE, 3), 255, np.uint8)
+                    made[inside] = rng.integers(0, 200, 3)
+                    pictures[name] = made
+    _write(folder, emoji, pictures, {"package": "", "licence": "", "archive_sha256": ""})
+    return folder
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> tuple[Emoji, ...]:

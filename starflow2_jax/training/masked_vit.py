@@ -7,7 +7,7 @@ they show. Letters: B images, H, W pixels, N patches, D width, P numbers of a pa
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grain
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from flax import nnx
+from jax.sharding import Mesh
 
 from starflow2_jax.data.images import Augment, ImageFolder
 from starflow2_jax.data.pipeline import HostBatch
@@ -40,17 +41,24 @@ class MaskedViT(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class MaskedLoss:
-    """Mean squared errors of masked and of seen patches, normalised pixels; see `step.Loss`.
+    """Mean squared error of normalised pixels, masked patches and seen ones; see `step.Loss`.
 
     Attributes:
+        patches: N.
         most_masked: the share of masked patches is uniform from 0 to this, image by image.
-        seen: weight of the patches that are seen.
+        seen: weight of the patches that are seen; that of the masked ones is 1.
         dtype: of the computation.
     """
 
-    most_masked: float
-    seen: float
-    dtype: str
+    patches: int
+    most_masked: float = 0.5
+    seen: float = 1.0
+    dtype: str = "float32"
+
+    def counts(self, batch: HostBatch) -> dict[str, jax.Array]:
+        """Images, and their patches."""
+        images = len(batch["images"])
+        return {"images": jnp.int32(images), "tokens": jnp.int32(images * self.patches)}
 
     def __call__(
         self,
@@ -59,6 +67,7 @@ class MaskedLoss:
         batch: HostBatch,
         seed: jax.Array,
         noise_std: jax.Array,
+        counts: dict[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """See `training.step.Loss`."""
         del constants, noise_std
@@ -75,10 +84,14 @@ class MaskedLoss:
         masked = jax.vmap(draw)(jnp.asarray(batch["image_seeds"]))  # [B, N]
         told = model(pixels.astype(self.dtype), masked)
         errors = jnp.square(told.astype(jnp.float32) - wanted).mean(-1)
-        mean = lambda where: (errors * where).sum() / jnp.maximum(where.sum(), 1)
-        of_masked, of_seen = mean(masked), mean(~masked)
+        # Sums over all patches, so that parts of a batch add up to the whole.
+        of_masked, of_seen = (errors * masked).mean(), (errors * ~masked).mean()
         loss = of_masked + self.seen * of_seen
-        return loss, {"loss": loss, "loss_masked": of_masked, "loss_seen": of_seen}
+        metrics = {"loss": loss, "loss_masked": of_masked, "loss_seen": of_seen}
+        if counts is not None:
+            share = len(images) / counts["images"]
+            metrics = {name: share * value for name, value in metrics.items()}
+        return metrics["loss"], metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +101,16 @@ class MaskedStage:
     masked_loss: MaskedLoss
     name: str = "vit"
     draws: bool = False
+    averaged: bool = True
 
     @property
     def trainable(self) -> nnx.filterlib.Filter:
         """Everything."""
         return nnx.Param
+
+    def steps(self, config: StepConfig) -> StepConfig:
+        """As given."""
+        return config
 
     def loss(self, config: StepConfig, training: bool) -> MaskedLoss:
         """The same on held-out images."""
@@ -132,18 +150,35 @@ class MaskedViTTask:
         """A fresh model."""
         return MaskedViT(self.model_config, rngs=nnx.Rngs(seed))
 
-    def batches(self, stage: str, held_out: bool, seed: int) -> grain.IterDataset:
+    def prepare(self, stage: str, model: MaskedViT, mesh: Mesh) -> MaskedViT:
+        """As it is."""
+        del stage, mesh
+        return model
+
+    def batches(
+        self,
+        stage: str,
+        held_out: bool,
+        seed: int,
+        rows: slice | None = None,
+        place: Callable[[HostBatch], Any] | None = None,
+    ) -> grain.IterDataset:
         """Batches of images."""
-        rows = self.config.stages[stage].batch.rows
-        if held_out:
-            return self.held_out.training_batches(rows, seed)
-        return self.train.training_batches(rows, seed, self.augment)
+        images, augment = (self.held_out, None) if held_out else (self.train, self.augment)
+        more = () if rows is None and place is None else (rows, place)
+        return images.training_batches(self.config.stages[stage].batch.rows, seed, augment, *more)
 
     def counts(self, batch: HostBatch) -> dict[str, int]:
         """Images, and their patches."""
         images = len(batch["images"])
-        patches = (self.train.size // self.model_config.patch) ** 2
-        return {"images": images, "tokens": images * patches}
+        return {"images": images, "tokens": images * self.masked_loss.patches}
+
+    def flops(self, stage: str) -> float:
+        """Of the layers in a step: forwards, and twice that backwards."""
+        c, patches = self.model_config, self.masked_loss.patches
+        matrices = 4 * c.width**2 + (3 if c.mlp == "swiglu" else 2) * c.width * c.mlp_width
+        each = 2.0 * patches * c.layers * (matrices + 2 * patches * c.width)
+        return 3.0 * each * self.config.stages[stage].batch.rows
 
     def frozen(self, model: MaskedViT) -> None:
         """Nothing."""
