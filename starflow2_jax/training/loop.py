@@ -168,7 +168,13 @@ def _run_stage(this: _Run, stage: Stage, frozen_checksum: str) -> nnx.Module:
         latest = checkpoints.latest()
         if latest is None:
             state = jax.jit(make_state, out_shardings=shardings)(trainable)
-            metadata = {"stage": stage.name, "seconds": 0.0, "frozen_checksum": frozen_checksum}
+            metadata = {
+                "stage": stage.name,
+                "seconds": 0.0,
+                "frozen_checksum": frozen_checksum,
+                "config": to_json(this.config),
+                "git_revision": git_revision(),
+            }
         else:
             state, metadata = checkpoints.restore(latest, abstract, batches)
             if metadata["frozen_checksum"] != frozen_checksum:
@@ -182,6 +188,7 @@ def _run_stage(this: _Run, stage: Stage, frozen_checksum: str) -> nnx.Module:
             this.metrics.truncate_after(stage.name, latest or 0, later=later)
             parts = (graphdef, state, frozen, shardings)
             state = _train(this, stage, config, parts, batches, checkpoints, metadata)
+    batches.close()  # what is read ahead lies on the devices
     this.model = nnx.merge(graphdef, state["trainable"], frozen)
     return nnx.merge(graphdef, state["ema"], frozen)
 
@@ -301,6 +308,7 @@ def _held_out(
     """The stage's losses on a few fixed held-out batches."""
     stream = this.batches(stage.name, True, this.config.seed, placed=False)
     batches = list(itertools.islice(stream, this.config.evaluation.batches))
+    stream.close()
     place = functools.partial(this.place, stage.name)
     loss = stage.loss(config, training=False)
     return held_out_losses(loss, graphdef, batches, place, frozen, this.constants)
