@@ -133,15 +133,22 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None =
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_batch(rows: int, mesh: Mesh) -> None:
+def check_batch(rows: int, mesh: Mesh, parts: int = 1) -> None:
     """Checks that each device of the data and fsdp axes gets equally many of a batch's rows.
+
+    Args:
+        rows: of the batch.
+        mesh: see `make_mesh`.
+        parts: that the batch is run in, one after another.
 
     Raises:
         ValueError: it does not.
     """
     data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
-    if rows % (data * fsdp):
+    if rows % (data * fsdp * parts):
+        over = f"data x fsdp = {data} x {fsdp} = {data * fsdp} devices"
+        over += f" in {parts} parts" if parts > 1 else ""
         raise ValueError(
-            f"a batch of {rows} rows cannot be shared out over data x fsdp = {data} x {fsdp} = "
-            f"{data * fsdp} devices: use a multiple of {data * fsdp} rows, or a smaller fsdp"
+            f"a batch of {rows} rows cannot be shared out over {over}: use a multiple of "
+            f"{data * fsdp * parts} rows, or a smaller fsdp"
         )

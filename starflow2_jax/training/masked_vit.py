@@ -155,6 +155,10 @@ class MaskedViTTask:
         del stage, mesh
         return model
 
+    def given(self, mesh: Mesh) -> Mapping[str, nnx.State]:
+        """Nothing."""
+        return {}
+
     def batches(
         self,
         stage: str,
@@ -165,13 +169,8 @@ class MaskedViTTask:
     ) -> grain.IterDataset:
         """Batches of images."""
         images, augment = (self.held_out, None) if held_out else (self.train, self.augment)
-        more = () if rows is None and place is None else (rows, place)
-        return images.training_batches(self.config.stages[stage].batch.rows, seed, augment, *more)
-
-    def counts(self, batch: HostBatch) -> dict[str, int]:
-        """Images, and their patches."""
-        images = len(batch["images"])
-        return {"images": images, "tokens": images * self.masked_loss.patches}
+        whole = self.config.stages[stage].batch.rows
+        return images.training_batches(whole, seed, augment, rows, place)
 
     def flops(self, stage: str) -> float:
         """Of the layers in a step: forwards, and twice that backwards."""
