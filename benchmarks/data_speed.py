@@ -138,18 +138,12 @@ def pipeline(kind: str, folder: pathlib.Path) -> Iterator[int]:
     from starflow2_jax.data.tokenizer import train_tokenizer
     from starflow2_jax.models.patches import PatchCodec
 
-    source, task = {
-        "webdataset": lambda: (sources.WebDatasetSource(folder / "*.tar"), tasks.Draw()),
-        "array_record": lambda: (
-            sources.ArrayRecordSource(folder / "*.array_record"),
-            tasks.Draw(),
-        ),
-        "parquet": lambda: (sources.ParquetSource(folder / "*.parquet"), tasks.Draw()),
-        "conversations": lambda: (
-            sources.ConversationSource(folder / "*.jsonl"),
-            tasks.Conversation(),
-        ),
-    }[kind]()
+    make, pattern, task = {
+        "webdataset": (sources.WebDatasetSource, "*.tar", tasks.Draw()),
+        "array_record": (sources.ArrayRecordSource, "*.array_record", tasks.Draw()),
+        "parquet": (sources.ParquetSource, "*.parquet", tasks.Draw()),
+        "conversations": (sources.ConversationSource, "*.jsonl", tasks.Conversation()),
+    }[kind]
     shape = (SIDE, SIDE, 3)
     values = SIDE * SIDE * 3 // TOKENS_A_SIDE**2
     codec = PatchCodec(
