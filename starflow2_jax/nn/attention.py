@@ -47,20 +47,54 @@ class AttentionSpec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Past:
-    """One layer's cached keys and values [B, M, K, d]; the first length, [B] or [], are real."""
+    """One layer's cached keys and values [B, M, K, d]; the first length, [B], are real."""
 
     k: jax.Array
     v: jax.Array
     length: jax.Array
 
-    def extended(self, k: jax.Array, v: jax.Array) -> "Past":
-        """With k, v [B, T, K, d] behind the length, of rows that have one length, []."""
 
-        def write(store: jax.Array, new: jax.Array) -> jax.Array:
-            new = new.astype(store.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(store, new, self.length, axis=1)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """One layer's cache that is written before it is read: `extended`, then `attend_written`.
 
-        return Past(write(self.k, k), write(self.v, v), self.length + k.shape[1])
+    Attributes:
+        k: keys [B, K, d, M], as their product with the queries reads them.
+        v: values [B, K, M, d], as their product with the weights does.
+        length: int32 [] or, one for each row, [B]: so many slots are real.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    length: jax.Array
+
+    def extended(self, k: jax.Array, v: jax.Array, lengths: jax.Array | None = None) -> "Slots":
+        """With the first `lengths`, [B], of k, v [B, T, K, d] behind the length; None: all of them.
+
+        `length` stays. Beyond the last slot nothing is written where rows have lengths of their
+        own; where they have one, the caller has seen to it that there is room.
+        """
+        k = k.transpose(0, 2, 3, 1).astype(self.k.dtype)  # [B, K, d, T]
+        v = v.transpose(0, 2, 1, 3).astype(self.v.dtype)  # [B, K, T, d]
+        rows, size = len(k), k.shape[3]
+        if self.length.ndim == 0:
+            if lengths is not None:
+                raise ValueError("rows of one length all grow by as much")
+            put = jax.lax.dynamic_update_slice_in_dim
+            return Slots(
+                put(self.k, k, self.length, 3), put(self.v, v, self.length, 2), self.length
+            )
+        step = jnp.arange(size)
+        slot = self.length[:, None] + step  # [B, T]
+        if lengths is not None:
+            slot = jnp.where(step < lengths[:, None], slot, self.k.shape[3])
+        row = jnp.arange(rows)[:, None]
+        return Slots(
+            self.k.at[row, :, :, slot].set(k.transpose(0, 3, 1, 2), mode="drop"),
+            self.v.at[row, :, slot].set(v.transpose(0, 2, 1, 3), mode="drop"),
+            self.length,
+        )
 
 
 def _visible(spec: AttentionSpec, rows: int, size: int) -> jax.Array:
@@ -141,13 +175,13 @@ def _scaled(q: jax.Array, spec: AttentionSpec) -> jax.Array:
     return (q / temperature).astype(q.dtype)
 
 
-def attend_written(q: jax.Array, past: Past, spec: AttentionSpec) -> jax.Array:
-    """`attend` for rows of one length, whose T own positions are the last of `past`.
+def attend_written(q: jax.Array, slots: Slots, spec: AttentionSpec) -> jax.Array:
+    """`attend` for T positions whose own keys and values are in the slots behind the length.
 
     Args:
         q: [B, T, K, G, d].
-        past: see `Past.extended`.
-        spec: causal, without segments or lengths.
+        slots: see `Slots.extended`.
+        spec: causal, without segments.
 
     Returns:
         [B, T, K, G, d] in q's dtype.
@@ -155,25 +189,18 @@ def attend_written(q: jax.Array, past: Past, spec: AttentionSpec) -> jax.Array:
     Raises:
         ValueError: another spec.
     """
-    if not spec.causal or spec.segments is not None or spec.lengths is not None:
-        raise ValueError("rows of one length are causal, without segments or lengths")
-    size, groups = q.shape[1], q.shape[3]
+    if not spec.causal or spec.segments is not None:
+        raise ValueError("rows with a cache are causal, without segments")
     wide = at_least_float32(q.dtype)
     q = _scaled(q, spec)
-    last = past.length - size + jnp.arange(size)  # [T]
-    seen = jnp.arange(past.k.shape[1]) <= last[:, None]  # [T, M]
-    if size == groups == 1:
-        # No product of matrices is in it. As sums of products the cache is read where it lies; a
-        # batched product would first make a copy of it with the heads in front.
-        scores = (q[:, :, :, 0].astype(wide) * past.k.astype(wide)).sum(-1)  # [B, M, K]
-        scores = jnp.where(seen[0][:, None], scores, jnp.finfo(wide).min)
-        weights = jax.nn.softmax(scores, axis=1)
-        mixed = (weights[..., None] * past.v.astype(wide)).sum(1, keepdims=True)
-        return mixed[:, :, :, None].astype(q.dtype)
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, past.k.astype(q.dtype), preferred_element_type=wide)
-    scores = jnp.where(seen, scores, jnp.finfo(wide).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, past.v.astype(q.dtype))
+    last = slots.length[..., None] + jnp.arange(q.shape[1])  # [T] or [B, T]
+    seen = jnp.arange(slots.k.shape[3]) <= last[..., None]  # [T, M] or [B, T, M]
+    if seen.ndim == 3:
+        seen = seen[:, None, None]
+    k, v = slots.k.astype(q.dtype), slots.v.astype(q.dtype)
+    scores = jnp.einsum("btkgd,bkds->bkgts", q, k, preferred_element_type=wide)
+    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(wide).min), axis=-1)
+    return jnp.einsum("bkgts,bksd->btkgd", weights.astype(q.dtype), v)
 
 
 def _attend_in_windows(

@@ -98,11 +98,11 @@ class Attention(nnx.Module):
         x: jax.Array,
         rotation: tuple[jax.Array, jax.Array] | None,
         spec: attention.AttentionSpec,
-        past: attention.Past | None,
+        past: attention.Past | attention.Slots | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """[B, T, D] -> [B, T, D], and this call's rotated keys and values [B, T, K, d].
 
-        Where rows are in step (`in_step`): all keys and values, [B, M, K, d].
+        With `Slots`: theirs, the new ones among them.
         """
         c = self.config
         groups = c.heads // c.kv_heads
@@ -116,8 +116,8 @@ class Attention(nnx.Module):
         # Under a sharded length every query needs every key of its row.
         k = partition.constrain(k, ("batch", None, "heads", None))
         v = partition.constrain(v, ("batch", None, "heads", None))
-        if past is not None and past.length.ndim == 0:
-            past = past.extended(k, v)
+        if isinstance(past, attention.Slots):
+            past = past.extended(k, v, spec.lengths)
             k, v = past.k, past.v
             mixed = attention.attend_written(q, past, spec)
         else:
@@ -160,11 +160,11 @@ class DecoderLayer(nnx.Module):
         x: jax.Array,
         rotation: tuple[jax.Array, jax.Array] | None,
         spec: attention.AttentionSpec,
-        past: attention.Past | None,
+        past: attention.Past | attention.Slots | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """[B, T, D] -> [B, T, D], and this call's rotated keys and values [B, T, K, d].
 
-        Where rows are in step (`in_step`): all keys and values, [B, M, K, d].
+        With `Slots`: theirs, the new ones among them.
         """
         mixed, kv = self.attention(self.attention_norm(x), rotation, spec, past)
         x = x + (mixed if self.attention_scale is None else self.attention_scale(mixed))
@@ -214,6 +214,11 @@ def _append(cache: Cache, k: jax.Array, v: jax.Array, lengths: jax.Array | None)
     }
 
 
+def slots_of(cache: Cache) -> int:
+    """M, of a cache of either form."""
+    return cache["k"][0].shape[3] if isinstance(cache["k"], tuple) else cache["k"].shape[2]
+
+
 def with_slots(cache: Cache, slots: int) -> Cache:
     """The cache, grown to `slots` slots per row."""
     more = max(0, slots - cache["k"].shape[2])
@@ -221,29 +226,38 @@ def with_slots(cache: Cache, slots: int) -> Cache:
     return {"k": grow(cache["k"]), "v": grow(cache["v"]), "length": cache["length"]}
 
 
-def in_step(cache: Cache, slots: int) -> Cache:
-    """The form of a cache for a sampler whose rows all have the same length.
+def apart(cache: Cache, slots: int) -> Cache:
+    """The form of a cache for `Decoder.unrolled`: arrays of its own for each layer.
 
-    One array [B, M, K, d] for each layer in place of a stacked one, and one length, int32 []: each
-    layer writes its own in place and then reads it. For `Decoder.unrolled`.
+    k: [B, K, d, M] and v: [B, K, M, d] of each. A layer writes its own in place and then reads them
+    (`attention.Slots`).
 
     Args:
-        cache: of either form; its rows have the same length.
-        slots: M of the result, at least the length.
+        cache: of either form.
+        slots: M of the result, at least every row's length.
     """
 
-    def resized(store: jax.Array) -> jax.Array:
-        if slots <= store.shape[1]:
-            return store[:, :slots]
-        return jnp.pad(store, ((0, 0), (0, slots - store.shape[1]), (0, 0), (0, 0)))
+    def resized(store: jax.Array, axis: int) -> jax.Array:
+        size = store.shape[axis]
+        if slots <= size:
+            return jax.lax.slice_in_dim(store, 0, slots, axis=axis)
+        return jnp.pad(store, [(0, slots - size if n == axis else 0) for n in range(4)])
 
-    layers_of = lambda stores: tuple(resized(stores[n]) for n in range(len(stores)))
-    length = cache["length"]
+    k, v = cache["k"], cache["v"]
+    if not isinstance(k, tuple):
+        k = tuple(k.transpose(0, 1, 3, 4, 2))
+        v = tuple(v.transpose(0, 1, 3, 2, 4))
     return {
-        "k": layers_of(cache["k"]),
-        "v": layers_of(cache["v"]),
-        "length": length if length.ndim == 0 else length[0],
+        "k": tuple(resized(store, 3) for store in k),
+        "v": tuple(resized(store, 2) for store in v),
+        "length": cache["length"],
     }
+
+
+def in_step(cache: Cache, slots: int) -> Cache:
+    """`apart`, for rows that have the same length and keep it: one length, int32 []."""
+    length = cache["length"]
+    return apart(cache, slots) | {"length": length if length.ndim == 0 else length[0]}
 
 
 def _looped(body: Callable, x: jax.Array, xs: tuple) -> tuple[jax.Array, list]:
@@ -286,6 +300,16 @@ class Decoder(nnx.Module):
         stack.layers = nnx.List([layer(n) for n in range(self.config.layers)])
         return stack
 
+    def held(self, cache: Cache, slots: int) -> Cache:
+        """The cache with at least `slots` slots, in the form in which this stack samples fastest.
+
+        Unrolled layers have their slots `apart`; a scan reads the stacked ones and is written to
+        once, after it.
+        """
+        if not isinstance(self.layers, nnx.List):
+            return with_slots(cache, slots)
+        return apart(cache, max(slots, slots_of(cache)))
+
     @property
     def small(self) -> bool:
         """Whether the stack may be unrolled."""
@@ -306,7 +330,7 @@ class Decoder(nnx.Module):
             angles: rotary angles [B or 1, T, d/2] in at least float32, or None.
             spec: who sees whom among the T positions.
             cache: see `empty_cache`; the layer scan only reads it, the new keys and values are
-                appended once after it.
+                appended once after it. Or, for `unrolled` layers, see `apart`.
 
         Returns:
             [B, T, D] and the grown cache (None if none was given).
@@ -314,12 +338,13 @@ class Decoder(nnx.Module):
         rotation = None if angles is None else (jnp.cos(angles), jnp.sin(angles))
         x = partition.constrain(x, ("batch", "length", "embed_activation"))
 
-        in_place = cache is not None and cache["length"].ndim == 0
+        in_place = cache is not None and isinstance(cache["k"], tuple)
 
         def body(x: jax.Array, layer_and_past: tuple) -> tuple:
             layer, k, v, whole = layer_and_past
             fresh = cache is None or (not in_place and not cache["k"].shape[2])
-            past = None if fresh else attention.Past(k, v, cache["length"])
+            form = attention.Slots if in_place else attention.Past
+            past = None if fresh else form(k, v, cache["length"])
             here = spec
             if whole is not None:
                 here = dataclasses.replace(spec, window=self.config.window, whole=whole)
@@ -344,5 +369,6 @@ class Decoder(nnx.Module):
         if cache is None:
             return x, None
         if in_place:
-            return x, {"k": new[0], "v": new[1], "length": cache["length"] + x.shape[1]}
+            grown = x.shape[1] if spec.lengths is None else spec.lengths
+            return x, {"k": new[0], "v": new[1], "length": cache["length"] + grown}
         return x, _append(cache, *new, spec.lengths)

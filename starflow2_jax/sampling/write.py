@@ -21,7 +21,7 @@ from starflow2_jax.models.pretzel import Kind
 from starflow2_jax.models.qwen2_5_vision import Views
 from starflow2_jax.models.qwen2_5_vl import Qwen25VL
 from starflow2_jax.nn.attention import AttentionSpec
-from starflow2_jax.nn.decoder import Cache, empty_cache, with_slots
+from starflow2_jax.nn.decoder import Cache, empty_cache, slots_of
 from starflow2_jax.sampling.generate import (
     LIMITS,
     SHORTEST_CACHE,
@@ -149,14 +149,14 @@ def read(
     Returns:
         The cache, and y [B, D] at each row's last position.
     """
-    dtype = cache["k"].dtype
+    dtype = cache["k"][0].dtype
     e = model.embed(tokens, dtype)
     if views is not None:
         e = jnp.where((views.index >= 0)[..., None], model.see(views, dtype), e)
-    if cache["k"].shape[2]:
-        cache = with_slots(cache, slots)
+    if slots_of(cache):
+        cache = model.decoder.held(cache, slots)
     y, cache = model.decode(e, positions, AttentionSpec(lengths=lengths), cache)
-    return with_slots(cache, slots), y[jnp.arange(len(lengths)), lengths - 1]
+    return model.decoder.held(cache, slots), y[jnp.arange(len(lengths)), lengths - 1]
 
 
 def _step(model: Qwen25VL, state: WriteState, settings: WriteSettings) -> WriteState:
@@ -320,7 +320,7 @@ class Session:
         if self._cache is None:
             cache = empty_cache(config.decoder(), count, 0, dtype)
         else:
-            slots = max(slots, self._cache["k"].shape[2])
+            slots = max(slots, slots_of(self._cache))
             # Slots behind the length are never seen: what was there is overwritten.
             cache = self._cache | {"length": jnp.asarray(kept, jnp.int32)}
         lengths = jnp.asarray([len(row) for row in rest], jnp.int32)
