@@ -243,7 +243,7 @@ class Model:
             batch = single_batch(part, shape, tower)
             image_total, text_total = 0.0, 0.0
             for row, seed in enumerate(seeds[start : start + shape.rows]):
-                batch["image_seeds"][row] = image_seeds(seed, most)
+                batch["image_seeds"][row] = _image_seeds(seed, most)
             for draw in range(draws):
                 images, text = _score(self.pretzel, self.bundle.codec, batch, draw)
                 image_total = image_total + np.asarray(images, np.float64) / draws
@@ -278,6 +278,10 @@ class Model:
         numbers = np.resize(np.asarray(seeds, np.uint32), count)
         return fetch(_latents(self.pretzel, self.bundle.codec, padded, numbers))[: len(images)]
 
+    def reading_seeds(self, images: int) -> np.ndarray:
+        """Seeds uint32 [images] of the noise of a prompt's images, in order."""
+        return _image_seeds(0, images)
+
     def text(self, tokens: Sequence[int]) -> str:
         """Token ids to text, without special tokens and outer blanks."""
         return self.tokenizer.decode(tokens).strip(" ")
@@ -304,7 +308,7 @@ class Model:
             documents.append(self.encode(turns, draw=draw))
         self._places(documents)  # refuses views without a tower
         images = [image for d in documents for image in d.images]
-        seeds = [image_seeds(0, len(d.images)) for d in documents]
+        seeds = [_image_seeds(0, len(d.images)) for d in documents]
         u = self.latents(np.stack(images), np.concatenate(seeds)) if images else None
         rows, taken = [], 0
         flow = self.pretzel.config.flow
@@ -351,7 +355,7 @@ class Model:
         }
 
 
-def image_seeds(record: int, images: int) -> np.ndarray:
+def _image_seeds(record: int, images: int) -> np.ndarray:
     """Seeds uint32 [images] of the images of a conversation."""
     return np.random.SeedSequence(record).generate_state(images)
 

@@ -28,7 +28,7 @@ from starflow2_jax.data.decoding import decode
 from starflow2_jax.data.sequences import Turn, unconditional_prompt
 from starflow2_jax.data.views import View
 from starflow2_jax.errors import UserError
-from starflow2_jax.model import Conversation, Model, Sampling, image_seeds
+from starflow2_jax.model import Conversation, Model, Sampling
 from starflow2_jax.sampling.engine import Engine, EngineConfig, Request
 from starflow2_jax.sampling.generate import DoneEvent, ImageEvent, Stop, TextEvent, collect
 from starflow2_jax.sampling.prompts import Image, Piece, Row, Text, extended
@@ -132,7 +132,7 @@ class Service:
         """
         flow = self.model.pretzel.config.flow
         found = np.zeros((len(images), flow.tokens, flow.channels), np.float32)
-        seeds = image_seeds(0, before + len(images))[before:]
+        seeds = self.model.reading_seeds(before + len(images))[before:]
         for n, image in enumerate(images):
             known = self._latents.get(_digest(image))
             if known is None:

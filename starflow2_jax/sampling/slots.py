@@ -72,7 +72,7 @@ def empty(
     """
     config = model.config
     flow, wide = config.flow, at_least_float32(jnp.dtype(config.dtype))
-    caches = step.empty_caches(model, rows, slots)
+    caches = model.empty_caches(rows, slots)
     prefix, lanes = None, rows
     if unconditional is not None:
         lanes = rows + twins
@@ -125,7 +125,7 @@ class Chunk:
 
 def _rows_of(caches: Any, row: jax.Array) -> Any:
     """One row of the caches, as caches of one row."""
-    take = lambda a: jax.lax.dynamic_slice_in_dim(a, row, 1, axis=1 if a.ndim > 1 else 0)
+    take = lambda a: jax.lax.dynamic_slice_in_dim(a, row, 1, axis=step.row_axis(a))
     return jax.tree.map(take, caches)
 
 
@@ -142,7 +142,7 @@ def read(model: Pretzel, state: SampleState, row: jax.Array, chunk: Chunk) -> Sa
         chunk.tokens, chunk.kinds, chunk.positions, chunk.u, spec, caches=mine, views=chunk.views
     )
     put = lambda a, b: jax.lax.dynamic_update_slice_in_dim(
-        a, b.astype(a.dtype), row, axis=1 if a.ndim > 1 else 0
+        a, b.astype(a.dtype), row, axis=step.row_axis(a)
     )
     at = chunk.count - 1
     # Text: its id + 1. An image's last token: the image's first id + side.

@@ -93,7 +93,7 @@ def prefill(
     else:
         u = spread_images(prompt.u.astype(wide), prompt.image_start, length)
     spec = AttentionSpec(lengths=prompt.lengths)
-    caches = empty_caches(model, rows, length)
+    caches = model.empty_caches(rows, 0)
     streams = model.run(
         prompt.tokens, prompt.kinds, prompt.positions, u, spec, caches=caches, views=prompt.views
     )
@@ -154,13 +154,6 @@ def settled(state: SampleState, settings: RowSettings, tokens: int) -> SampleSta
     return state if state.prefix is None else _share_twins(state, settings)
 
 
-def empty_caches(model: Pretzel, rows: int, length: int) -> dict[str, Cache]:
-    """Caches for a prompt alone: what it attends to is no larger than itself."""
-    # The compiler must not know that the lengths are zero: it would fold attention over the empty
-    # slots into constants, which takes it longer than the prompt takes to run.
-    return jax.lax.optimization_barrier(model.empty_caches(rows, length))
-
-
 def _with_slots(caches: dict[str, Cache], slots: int) -> dict[str, Cache]:
     """The caches, grown to `slots` slots per row."""
 
@@ -189,7 +182,7 @@ def prefill_unconditional(
         jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (3, 1, length)),
         jnp.zeros((1, length, flow.channels), at_least_float32(jnp.dtype(model.config.dtype))),
         AttentionSpec(),
-        caches=empty_caches(model, 1, length),
+        caches=model.empty_caches(1, 0),
     )
     end = jnp.int32(length)
     caches = _with_slots(streams.caches, slots)
@@ -198,8 +191,13 @@ def prefill_unconditional(
 
 def with_twins(stored: jax.Array, twin: jax.Array, twins: int) -> jax.Array:
     """A cache leaf of B rows, followed by P = `twins` copies of the unconditional row."""
-    axis = 1 if stored.ndim > 1 else 0  # k, v [L, B, M, K, d]; length [B]
+    axis = row_axis(stored)
     return jnp.concatenate([stored, jnp.repeat(twin, twins, axis)], axis)
+
+
+def row_axis(stored: jax.Array) -> int:
+    """The axis of the rows of a cache's leaf: of k, v [L, B, M, K, d] the second."""
+    return 1 if stored.ndim == 5 else 0
 
 
 def for_twins(state: SampleState, a: jax.Array, free: jax.Array | float | bool = 0) -> jax.Array:
@@ -539,7 +537,8 @@ def steps_of(
     return jax.lax.while_loop(goes_on, body, (state, steps))[0]
 
 
-_advance = jax.jit(steps_of, donate_argnames=("state",))
+run_steps = jax.jit(steps_of, donate_argnames=("state",))
+"""The compiled loop of `advance`; steps: int32 []."""
 
 
 def advance(model: Pretzel, state: SampleState, settings: RowSettings, steps: int) -> SampleState:
@@ -547,7 +546,7 @@ def advance(model: Pretzel, state: SampleState, settings: RowSettings, steps: in
 
     The given state is donated: its arrays may not be used again.
     """
-    return _advance(model, state, settings, jnp.asarray(steps, jnp.int32))
+    return run_steps(model, state, settings, jnp.asarray(steps, jnp.int32))
 
 
 def stopped(state: SampleState, rows: jax.Array) -> SampleState:
