@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 from sampling_cases import (
     CONFIG,
     PROMPTS,
@@ -214,8 +215,8 @@ def test_on_a_mesh_the_rows_are_cut(x64):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     config = dataclasses.replace(SIZES, rows=4, twins=4)
     model = random_model()
-    graphdef, state = slots.nnx.split(model)
-    sharded = slots.nnx.merge(graphdef, jax.device_put(state, rules.shardings(state, mesh)))
+    graphdef, state = nnx.split(model)
+    sharded = nnx.merge(graphdef, jax.device_put(state, rules.shardings(state, mesh)))
     engine = make(sharded, config, mesh=mesh)
     engine.warm_up()
     before = traced()
