@@ -9,7 +9,8 @@ batch    tokens and images per second of whole batches of 1 to 64, guided or not
          latent and by Jacobi iteration
 step     seconds of one engine step at 1 to 64 rows, and over the time in which this machine reads
          the same bytes (weights and caches) once
-engine   64 mixed requests through 16 rows, and through a separately compiled engine of one row
+engine   64 mixed requests through 16 rows, and through a separately compiled engine of one row; how
+         many give the same bits alone in the engine of 16
 reuse    an answer about an image that was just drawn, with its caches and encoded anew from pixels
 """
 
@@ -196,11 +197,17 @@ def engine(model: Model) -> Iterator[Row]:
         for rows in (16, 1)
     }
 
-    def serve(which: Engine, some: Sequence[Request]) -> None:
-        for request in some:
-            which.submit(request)
-        for _ in which.run():
-            pass
+    def serve(which: Engine, some: Sequence[Request]) -> list[list[bytes]]:
+        """What each request gave, in bits."""
+        numbers = [which.submit(request) for request in some]
+        given: dict[int, list[bytes]] = {number: [] for number in numbers}
+        for event in which.run():
+            if isinstance(event, generate.ImageEvent):
+                given[event.row].append(event.u.tobytes())
+            elif isinstance(event, generate.TextEvent):
+                # How a text is cut into events depends on when it is looked at.
+                given[event.row] += [str(token).encode() for token in event.tokens]
+        return [given[number] for number in numbers]
 
     for which in made.values():
         which.warm_up()
@@ -211,6 +218,11 @@ def engine(model: Model) -> Iterator[Row]:
     rate = len(requests) / statistics.median(many)
     yield row("engine/16_rows", rate, "requests/s", ratio=ratio)
     yield row("engine/1_row", len(requests) / statistics.median(one), "requests/s")
+    together = serve(made[16], requests[::-1])[::-1]
+    alone = [serve(made[16], [request])[0] for request in requests]
+    equal = sum(a == b for a, b in zip(together, alone, strict=True))
+    assert traced == [f._cache_size() for f in (slots.read, slots.seat, slots.advance)]
+    yield row("engine/bit_equal_alone", equal, f"of {len(requests)} requests")
 
 
 def reuse(model: Model) -> Iterator[Row]:
