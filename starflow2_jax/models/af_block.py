@@ -59,7 +59,7 @@ class BlockConfig:
     mlp_ratio: int = 4
     layer_norm_epsilon: float = 1e-5
     rms_norm_epsilon: float = 1e-6
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: decoder.Remat = "none"
 
     def __post_init__(self) -> None:
         if self.width % self.head_dim:

@@ -10,13 +10,15 @@ import math
 import jax
 import jax.numpy as jnp
 
-from starflow2_jax.nn import partition
+from starflow2_jax.nn import attention_kernels, partition
 from starflow2_jax.nn.layers import at_least_float32
 
 # Causal attention of at least this many positions is done for parts of the queries, each with the
 # keys up to its end.
 CAUSAL_SIZE = 64
 CAUSAL_PARTS = 4
+# On an accelerator, attention of at least this many positions is its own kernel's.
+KERNEL_SIZE = 128
 
 
 @jax.tree_util.register_dataclass
@@ -102,6 +104,12 @@ def attend(
     if past is not None and spec.segments is not None:
         raise ValueError("a cached row is one segment: pass lengths, not segments, with a cache")
     rows, size = q.shape[:2]
+    if past is None and size >= KERNEL_SIZE:
+        platform = _platform()
+        if platform == "tpu":
+            return _attend_by_splash(q, k, v, spec)
+        if platform == "cuda":
+            return _attend_by_cudnn(q, k, v, spec)
     wide = at_least_float32(q.dtype)
     smallest = jnp.finfo(wide).min
     q = _scaled(q, spec)
@@ -131,6 +139,49 @@ def attend(
     weights = jax.nn.softmax(jnp.concatenate([before, own], axis=-1), axis=-1).astype(v.dtype)
     seen_before = jnp.einsum("bkgts,bskd->btkgd", weights[..., :slots], past.v.astype(v.dtype))
     return seen_before + jnp.einsum("bkgts,bskd->btkgd", weights[..., slots:], v)
+
+
+def _platform() -> str:
+    """Of the mesh in context, which may be of devices that are not here; or of this process."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    return "cuda" if platform == "gpu" else platform
+
+
+def _attend_by_splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, interpret: bool = False
+) -> jax.Array:
+    """`attend` without a past by TPU's splash kernel."""
+    kernels = attention_kernels
+    # Narrower heads are filled up with zeros, which change no score and give zeros.
+    wide = next((d for d in kernels.SPLASH_HEAD_DIMS if d >= q.shape[-1]), None)
+    if wide is None:
+        raise ValueError(f"TPU attention has heads of at most 128 dims, not {q.shape[-1]}")
+    if partition.axis_extent("length") > 1:
+        raise ValueError("TPU attention wants whole rows on a device: sequence=1 in the mesh")
+    fill = lambda a: jnp.pad(a, ((0, 0),) * (a.ndim - 1) + ((0, wide - a.shape[-1]),))
+    segments = spec.segments
+    if spec.lengths is not None:
+        # What does not exist is a segment of its own: it is seen by none that does.
+        exists = jnp.arange(q.shape[1])[None] < spec.lengths[:, None]
+        segments = jnp.where(exists, 1 if segments is None else segments, -2)
+    mixed = kernels.splash(
+        fill(_scaled(q, spec)), fill(k), fill(v), segments, spec.causal, interpret
+    )
+    return mixed[..., : q.shape[-1]]
+
+
+def _attend_by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> jax.Array:
+    """`attend` without a past by cuDNN."""
+    if spec.segments is not None:
+        raise ValueError(
+            "cuDNN attention knows no segments, and would ignore them: on GPUs a row holds one "
+            "document, with its length"
+        )
+    if partition.axis_extent("length") > 1:
+        raise ValueError("cuDNN attention wants whole rows on a device: sequence=1 in the mesh")
+    q = q if spec.temperature is None else _scaled(q, spec) * math.sqrt(q.shape[-1])
+    return attention_kernels.cudnn(q, k, v, spec.lengths, spec.causal)
 
 
 def _scaled(q: jax.Array, spec: AttentionSpec) -> jax.Array:

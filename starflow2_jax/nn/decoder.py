@@ -12,18 +12,24 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from starflow2_jax.nn import attention, layers, partition, rope
+from starflow2_jax.nn import attention, attention_kernels, layers, partition, rope
 
 Cache = dict[str, Any]
 
 # Stacks of at most this size are unrolled to sample from them: their weights are then there twice.
 UNROLLED_BYTES = 2**30
 
+# What the backward pass needs of a layer besides its input, but for what is elementwise.
+PRODUCTS = ("qkv", attention_kernels.RESIDUALS, "attended", *layers.MLP_PRODUCTS)
+
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "products": jax.checkpoint_policies.save_only_these_names(*PRODUCTS),
 }
+Remat = Literal["none", "dots", "products", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +40,9 @@ class DecoderConfig:
         norm: "layer" (LayerNorm), "rms" (gain = weight).
         mlp: "gelu" (exact, two matrices) or "swiglu" (three).
         final_norm: none, "rms" (gain = weight) or "rms_unit_offset" (gain = 1 + weight).
-        remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "full".
+        remat: what the backward pass recomputes: "none"; "dots", all but matrix products; "products",
+            all but the matrix products and the attention that it needs, and gathered weights, too;
+            "full", each layer from its input.
         window: positions per window of local attention; 0: no layer has any.
         whole_layers: layers that see past the windows.
     """
@@ -53,7 +61,7 @@ class DecoderConfig:
     norm_epsilon: float
     final_norm: Literal["none", "rms", "rms_unit_offset"] = "none"
     final_norm_epsilon: float = 1e-6
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Remat = "none"
     window: int = 0
     whole_layers: tuple[int, ...] = ()
 
@@ -98,7 +106,7 @@ class Attention(nnx.Module):
         """
         c = self.config
         groups = c.heads // c.kv_heads
-        qkv = self.qkv(x).reshape(*x.shape[:2], c.kv_heads, groups + 2, c.head_dim)
+        qkv = checkpoint_name(self.qkv(x), "qkv").reshape(*x.shape[:2], c.kv_heads, groups + 2, c.head_dim)
         qkv = partition.constrain(qkv, ("batch", "length", "heads", None, None))
         q, k, v = qkv[..., :groups, :], qkv[..., groups, :], qkv[..., groups + 1, :]
         if rotation is not None:
@@ -143,7 +151,7 @@ class DecoderLayer(nnx.Module):
         Where rows are in step (`in_step`): all keys and values, [B, M, K, d].
         """
         mixed, kv = self.attention(self.attention_norm(x), rotation, spec, past)
-        x = x + mixed
+        x = checkpoint_name(x + mixed, "attended")
         x = x + self.mlp(self.mlp_norm(x))
         return partition.constrain(x, ("batch", "length", "embed_activation")), kv
 

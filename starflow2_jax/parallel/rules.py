@@ -9,20 +9,24 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from starflow2_jax.nn import partition
-from starflow2_jax.parallel.mesh import check_batch
+from starflow2_jax.parallel.mesh import BATCH_AXES, check_batch
 
 Model = TypeVar("Model", bound=nnx.Module)
 
 RULES: dict[str, partition.MeshAxes] = {
-    "batch": ("data", "fsdp"),
+    "batch": BATCH_AXES,
     "length": "sequence",
-    # Of parameters: each layer's weights are gathered over fsdp when the layer runs.
+    # Of parameters: each layer's weights are gathered over fsdp and columns when the layer runs.
     "embed": "fsdp",
+    "heads": ("columns", "tensor"),
+    "mlp": ("columns", "tensor"),
+    "vocab": ("columns", "tensor"),
+    # The embedding's width: a row is looked up where its columns are.
+    "table": ("fsdp", "columns"),
+    # The other width of a square matrix.
+    "embed_out": "columns",
     # Of activations: fsdp already carries their batch.
     "embed_activation": None,
-    "heads": "tensor",
-    "mlp": "tensor",
-    "vocab": "tensor",
 }
 
 
