@@ -295,18 +295,18 @@ def test_one_compilation_for_any_number_of_steps():
     model = random_model()
     rows = [row_of(*pieces) for pieces in PROMPTS]
     mixed_batch(False)
-    size, prefills = step._advance._cache_size(), step.prefill._cache_size()
+    size, prefills = step.run_steps._cache_size(), step.prefill._cache_size()
     state = prefilled(model, rows, mixed(range(4), False))
     for steps in (1, 2, np.int64(5), jnp.int32(3), 10**6):
         state = step.advance(model, state, mixed(range(4), True), steps)
     other = [row_of(Text((9, 9, START)))] * 2 + [row_of(image(3))] * 2
     sampled(model, other, row_settings(4, temperature=0.3, top_p=0.1, guidance=1.0))
-    assert step._advance._cache_size() == size
+    assert step.run_steps._cache_size() == size
     assert step.prefill._cache_size() == prefills
     for n, new in ((2, 20), (6, 16)):
         prompts = [row_of(Text(range(n)))] * 4
         generate.generate(model, prompts, row_settings(4, max_new_tokens=new, max_images=2))
-    assert step._advance._cache_size() <= size + 1
+    assert step.run_steps._cache_size() <= size + 1
 
 
 @jax.jit

@@ -11,11 +11,11 @@ import traceback
 from collections.abc import Sequence
 
 import starflow2_jax
-from starflow2_jax.cli import chat, convert, evaluate, train
+from starflow2_jax.cli import chat, convert, evaluate, plan, train
 from starflow2_jax.cli.config import split_overrides
 from starflow2_jax.errors import Interrupted, UserError
 
-COMMANDS = {"train": train, "evaluate": evaluate, "convert": convert, "chat": chat}
+COMMANDS = {"train": train, "plan": plan, "evaluate": evaluate, "convert": convert, "chat": chat}
 
 
 def build_parser() -> argparse.ArgumentParser:

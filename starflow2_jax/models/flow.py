@@ -165,7 +165,9 @@ class DeepBlock(nnx.Module):
 
     def __init__(self, config: FlowConfig, text_width: int, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.proj_text = layers.Linear(text_width, config.width, rngs=rngs, logical=("embed", "embed_out"))
+        self.proj_text = layers.Linear(
+            text_width, config.width, rngs=rngs, logical=("embed", "embed_out")
+        )
         self.proj_u = layers.Linear(
             config.channels, config.width, rngs=rngs, logical=(None, "embed")
         )

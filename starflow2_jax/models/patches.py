@@ -58,6 +58,11 @@ class PatchCodec:
     divisors: jax.Array
     shape: tuple[int, int, int] = dataclasses.field(metadata={"static": True})
 
+    @property
+    def stored(self) -> jax.ShapeDtypeStruct:
+        """One image as batches hold it."""
+        return jax.ShapeDtypeStruct(self.shape, jnp.uint8)
+
     def encode(self, images: jax.Array, uniform: jax.Array) -> jax.Array:
         """uint8 [B, H, W, channels] and U[0, 1) noise of that shape -> x [B, N, C]."""
         pixels = dequantised(images, uniform).reshape(images.shape[0], -1)
@@ -106,7 +111,7 @@ def noisy_latents(
     """
     images, leading = jnp.asarray(images), image_seeds.shape
     flat = images.reshape(-1, *images.shape[len(leading) :])
-    uniform, normal = image_noise(seed, jnp.asarray(image_seeds).reshape(-1), flat.shape[1:])
+    uniform, normal = image_noise(seed, jnp.asarray(image_seeds).reshape(-1), codec.shape)
     x = codec.encode(flat, uniform)
     x = x + noise_std * normal.reshape(x.shape)
     return x.reshape(*leading, *x.shape[1:])

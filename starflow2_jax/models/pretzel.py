@@ -184,7 +184,9 @@ class Pretzel(nnx.Module):
         self.deep = DeepBlock(flow, vlm.width, rngs=rngs)
         skip = {"rngs": rngs, "bias": False, "kernel_init": layers.zeros}
         self.skip_vlm = layers.Linear(vlm.width, flow.width, logical=("embed", "embed_out"), **skip)
-        self.skip_flow = layers.Linear(flow.width, vlm.width, logical=("embed", "embed_out"), **skip)
+        self.skip_flow = layers.Linear(
+            flow.width, vlm.width, logical=("embed", "embed_out"), **skip
+        )
 
     def empty_caches(self, rows: int, slots: int) -> dict[str, decoder.Cache]:
         """Caches of both streams for `slots` positions of `rows` rows."""

@@ -290,6 +290,5 @@ class Qwen25VL(nnx.Module):
         """[..., D] -> [..., V], at least float32."""
         head = self.embedding if self.head is None else self.head
         wide = layers.at_least_float32(y.dtype)
-        names = (None, "table") if self.head is None else ("vocab", "embed")
-        kernel = partition.gathered(head[...], names, y.dtype)
-        return jnp.einsum("...d,vd->...v", y, kernel, preferred_element_type=wide)
+        names = ("table", None) if self.head is None else ("embed", "vocab")
+        return partition.product(y, head[...].T, names, wide)

@@ -19,6 +19,7 @@ CAUSAL_SIZE = 64
 CAUSAL_PARTS = 4
 # On an accelerator, attention of at least this many positions is its own kernel's.
 KERNEL_SIZE = 128
+TPU_LANES = 128
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +50,10 @@ class AttentionSpec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Past:
-    """One layer's cached keys and values [B, M, K, d]; the first length, [B] or [], are real."""
+    """One layer's cached keys and values [B, M, K, d]; the first length, [B] or [], are real.
+
+    Or folded, see `cache_fold`: [B, M, K / F, F d].
+    """
 
     k: jax.Array
     v: jax.Array
@@ -59,10 +63,47 @@ class Past:
         """With k, v [B, T, K, d] behind the length, of rows that have one length, []."""
 
         def write(store: jax.Array, new: jax.Array) -> jax.Array:
-            new = new.astype(store.dtype)
+            new = new.astype(store.dtype).reshape(*new.shape[:2], *store.shape[2:])
             return jax.lax.dynamic_update_slice_in_dim(store, new, self.length, axis=1)
 
         return Past(write(self.k, k), write(self.v, v), self.length + k.shape[1])
+
+
+def cache_fold(kv_heads: int, head_dim: int) -> int:
+    """F, kv heads that lie side by side in a cache: TPUs keep last axes of 128, and fill up others.
+
+    Narrow heads would take twice the memory, and twice the time to read.
+    """
+    fold = TPU_LANES // head_dim if TPU_LANES % head_dim == 0 else 1
+    return fold if _platform() == "tpu" and kv_heads % fold == 0 else 1
+
+
+def _folded(
+    q: jax.Array, k: jax.Array, v: jax.Array, fold: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same attention with F kv heads as one: each of its queries is zero beside its own head.
+
+    Args:
+        q: [B, T, K, G, d].
+        k, v: [B, T, K, d].
+        fold: F.
+
+    Returns:
+        [B, T, K / F, F G, F d] and twice [B, T, K / F, F d].
+    """
+    b, t, kv_heads, groups, d = q.shape
+    own = jnp.eye(fold, dtype=q.dtype)
+    q = q.reshape(b, t, kv_heads // fold, fold, groups, 1, d) * own[:, None, :, None]
+    wide = lambda a: a.reshape(*a.shape[:2], kv_heads // fold, fold * d)
+    return q.reshape(b, t, kv_heads // fold, fold * groups, fold * d), wide(k), wide(v)
+
+
+def _unfolded(mixed: jax.Array, fold: int) -> jax.Array:
+    """[B, T, K / F, F G, F d] of folded heads -> [B, T, K, G, d]."""
+    b, t, kv_heads, groups, d = mixed.shape
+    apart = mixed.reshape(b, t, kv_heads, fold, groups // fold, fold, d // fold)
+    own = jnp.stack([apart[:, :, :, n, :, n] for n in range(fold)], axis=3)
+    return own.reshape(b, t, kv_heads * fold, groups // fold, d // fold)
 
 
 def _visible(spec: AttentionSpec, rows: int, size: int) -> jax.Array:
@@ -110,9 +151,22 @@ def attend(
             return _attend_by_splash(q, k, v, spec)
         if platform == "cuda":
             return _attend_by_cudnn(q, k, v, spec)
+    # Of folded heads, the scores are those of the narrow ones: scale first.
+    q, fold = _scaled(q, spec), 1 if past is None else past.k.shape[-1] // q.shape[-1]
+    if fold > 1:
+        q, k, v = _folded(q, k, v, fold)
+    mixed = _attend_by_xla(q, k, v, spec, past)
+    mixed = mixed if fold == 1 else _unfolded(mixed, fold)
+    return partition.constrain(mixed, ("batch", "length", "heads", None, None))
+
+
+def _attend_by_xla(
+    q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, past: Past | None
+) -> jax.Array:
+    """`attend` by plain products, with all scores at once; q is scaled."""
+    rows, size = q.shape[:2]
     wide = at_least_float32(q.dtype)
     smallest = jnp.finfo(wide).min
-    q = _scaled(q, spec)
 
     def scores(keys: jax.Array, queries: jax.Array = q) -> jax.Array:
         return jnp.einsum("btkgd,bskd->bkgts", queries, keys, preferred_element_type=wide)
@@ -208,9 +262,17 @@ def attend_written(q: jax.Array, past: Past, spec: AttentionSpec) -> jax.Array:
     """
     if not spec.causal or spec.segments is not None or spec.lengths is not None:
         raise ValueError("rows of one length are causal, without segments or lengths")
-    size, groups = q.shape[1], q.shape[3]
     wide = at_least_float32(q.dtype)
-    q = _scaled(q, spec)
+    q, fold = _scaled(q, spec), past.k.shape[-1] // q.shape[-1]
+    if fold > 1:
+        narrow = jnp.zeros((*q.shape[:3], q.shape[-1]), q.dtype)  # only q is folded here
+        q, _, _ = _folded(q, narrow, narrow, fold)
+        return _unfolded(_attend_written(q, past, wide), fold)
+    return _attend_written(q, past, wide)
+
+
+def _attend_written(q: jax.Array, past: Past, wide: jnp.dtype) -> jax.Array:
+    size, groups = q.shape[1], q.shape[3]
     last = past.length - size + jnp.arange(size)  # [T]
     seen = jnp.arange(past.k.shape[1]) <= last[:, None]  # [T, M]
     if size == groups == 1:

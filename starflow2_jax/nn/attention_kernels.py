@@ -103,7 +103,9 @@ def splash(
     return mixed[:, :size]
 
 
-def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, causal: bool):
+def cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, causal: bool
+) -> jax.Array:
     """cuDNN's fused attention.
 
     Args:

@@ -40,9 +40,9 @@ class DecoderConfig:
         norm: "layer" (LayerNorm), "rms" (gain = weight).
         mlp: "gelu" (exact, two matrices) or "swiglu" (three).
         final_norm: none, "rms" (gain = weight) or "rms_unit_offset" (gain = 1 + weight).
-        remat: what the backward pass recomputes: "none"; "dots", all but matrix products; "products",
-            all but the matrix products and the attention that it needs, and gathered weights, too;
-            "full", each layer from its input.
+        remat: what the backward pass recomputes: "none"; "dots", all but matrix products;
+            "products", all but the matrix products and the attention that it needs (weights are
+            gathered again, too); "full", each layer from its input.
         window: positions per window of local attention; 0: no layer has any.
         whole_layers: layers that see past the windows.
     """
@@ -106,7 +106,9 @@ class Attention(nnx.Module):
         """
         c = self.config
         groups = c.heads // c.kv_heads
-        qkv = checkpoint_name(self.qkv(x), "qkv").reshape(*x.shape[:2], c.kv_heads, groups + 2, c.head_dim)
+        qkv = checkpoint_name(self.qkv(x), "qkv").reshape(
+            *x.shape[:2], c.kv_heads, groups + 2, c.head_dim
+        )
         qkv = partition.constrain(qkv, ("batch", "length", "heads", None, None))
         q, k, v = qkv[..., :groups, :], qkv[..., groups, :], qkv[..., groups + 1, :]
         if rotation is not None:
@@ -160,9 +162,11 @@ def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) 
     """A cache of `slots` positions: k, v [L, B, M, K, d] and length int32 [B].
 
     One of no slots is the start of a prompt: the call it is given to attends to nothing but its own
-    T positions, and returns a cache of T slots.
+    T positions, and returns a cache of T slots. On TPUs, narrow heads are folded: see
+    `attention.cache_fold`.
     """
-    shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
+    fold = attention.cache_fold(config.kv_heads, config.head_dim)
+    shape = (config.layers, rows, slots, config.kv_heads // fold, config.head_dim * fold)
     return {
         "k": jnp.zeros(shape, dtype),
         "v": jnp.zeros(shape, dtype),
@@ -178,6 +182,7 @@ def _append(cache: Cache, k: jax.Array, v: jax.Array, lengths: jax.Array | None)
     rows, size = k.shape[1], k.shape[2]
     slots = cache["k"].shape[2]
     taken = jnp.full((rows,), size, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+    k, v = (new.reshape(*new.shape[:3], *cache["k"].shape[3:]) for new in (k, v))
     if not slots:
         dtype = cache["k"].dtype
         return {"k": k.astype(dtype), "v": v.astype(dtype), "length": taken}

@@ -155,7 +155,7 @@ class GeluMLP(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         hidden = checkpoint_name(self.up(x), "up")
-        hidden = partition.constrain(hidden, ("batch", "length", "mlp"))
+        hidden = partition.constrain(hidden, ("batch_in_mlp", "length", "mlp"))
         return self.down(jax.nn.gelu(hidden, approximate=False))
 
 
@@ -174,4 +174,4 @@ class SwiGLU(nnx.Module):
         """[B, T, D] -> [B, T, D]."""
         gate, up = checkpoint_name(self.gate(x), "gate"), checkpoint_name(self.up(x), "up")
         hidden = jax.nn.silu(gate) * up
-        return self.down(partition.constrain(hidden, ("batch", "length", "mlp")))
+        return self.down(partition.constrain(hidden, ("batch_in_mlp", "length", "mlp")))

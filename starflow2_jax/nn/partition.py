@@ -7,12 +7,16 @@ puts it in context, `constrain` and `spec` read it.
 
 import contextlib
 import contextvars
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+
+STATIONARY = "stationary"
+"""Key of a table of rules whose weights stay where they are and whose activations travel."""
 
 MeshAxes = str | tuple[str, ...] | None
 _rules: contextvars.ContextVar[Mapping[str, MeshAxes] | None] = contextvars.ContextVar(
@@ -106,8 +110,13 @@ def gathered(kernel: jax.Array, names: Sequence[str | None], dtype: jnp.dtype) -
     return jax.lax.with_sharding_constraint(kernel, PartitionSpec(*(k or None for k in kept)))
 
 
-def product(x: jax.Array, kernel: jax.Array, names: tuple[str | None, str | None]) -> jax.Array:
-    """x [B, ..., D] @ kernel [D, F] in x's dtype, the kernel's shards gathered for it.
+def product(
+    x: jax.Array,
+    kernel: jax.Array,
+    names: tuple[str | None, str | None],
+    dtype: jnp.dtype | None = None,
+) -> jax.Array:
+    """x [B, ..., D] @ kernel [D, F], the kernel cast to x's dtype and its shards gathered for it.
 
     Where the batch lies on the devices that the kernel is cut over, each device gathers the shards,
     cast, and its gradient is summed over the devices and scattered in the compute dtype, axis by
@@ -118,15 +127,19 @@ def product(x: jax.Array, kernel: jax.Array, names: tuple[str | None, str | None
         x: activations, the batch first.
         kernel: a parameter, cut by the rules of `names`.
         names: logical names of its axes.
+        dtype: of the result; default x's.
     """
     rules, mesh = _rules.get(), jax.sharding.get_abstract_mesh()
+    matmul = functools.partial(jnp.matmul, preferred_element_type=dtype)
     if rules is None or mesh.empty:
-        return x @ kernel.astype(x.dtype)
+        return matmul(x, kernel.astype(x.dtype))
     stored = spec(names, kernel.shape, rules, mesh.shape)
     rows = _names(spec(("batch",), x.shape[:1], rules, mesh.shape)[0])
+    if rules.get(STATIONARY):
+        return _stationary_product(matmul, x, kernel.astype(x.dtype), stored, rows)
     cut = [tuple(a for a in _names(axes) if a in rows) for axes in stored]
     if not any(extent(mesh.shape, axes) > 1 for axes in cut):
-        return x @ gathered(kernel, names, x.dtype)
+        return matmul(x, gathered(kernel, names, x.dtype))
 
     def local(x: jax.Array, shard: jax.Array) -> jax.Array:
         # The second axis first: what moves in the larger step lies together.
@@ -134,7 +147,7 @@ def product(x: jax.Array, kernel: jax.Array, names: tuple[str | None, str | None
         for axis in (1, 0):
             if extent(mesh.shape, cut[axis]) > 1:
                 whole = jax.lax.all_gather(whole, cut[axis], axis=axis, tiled=True)
-        return x @ whole
+        return matmul(x, whole)
 
     by_rows = PartitionSpec(rows)
     return jax.shard_map(
@@ -144,6 +157,37 @@ def product(x: jax.Array, kernel: jax.Array, names: tuple[str | None, str | None
         axis_names=frozenset(rows),
         check_vma=False,
     )(x, kernel)
+
+
+def _stationary_product(
+    matmul: Callable, x: jax.Array, kernel: jax.Array, stored: PartitionSpec, rows: tuple[str, ...]
+) -> jax.Array:
+    """`product` where the shards of the kernel stay and the few rows of a decode step travel.
+
+    A kernel cut along its second axis gives a result that is cut there; one cut along its first
+    takes such an x and gives rows.
+    """
+    first, second = _names(stored[0]), _names(stored[1])
+    lead = (None,) * (x.ndim - 2)
+    by_rows = PartitionSpec(rows or None)
+
+    def columns(x: jax.Array, shard: jax.Array) -> jax.Array:
+        return matmul(jax.lax.all_gather(x, rows, axis=0, tiled=True) if rows else x, shard)
+
+    def sums(x: jax.Array, shard: jax.Array) -> jax.Array:
+        if not rows:
+            return jax.lax.psum(matmul(x, shard), first)
+        return jax.lax.psum_scatter(matmul(x, shard), rows, scatter_dimension=0, tiled=True)
+
+    if second:
+        local, taken, given = columns, by_rows, PartitionSpec(None, *lead, second)
+    elif first and (not rows or first == rows):
+        local, taken, given = sums, PartitionSpec(None, *lead, first), by_rows
+    else:
+        return matmul(x, kernel)
+    return jax.shard_map(local, in_specs=(taken, stored), out_specs=given, check_vma=False)(
+        x, kernel
+    )
 
 
 def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:

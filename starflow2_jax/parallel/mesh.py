@@ -140,7 +140,7 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None =
 
 
 def check_batch(rows: int, mesh: Mesh) -> None:
-    """Checks that each device of the data, fsdp and columns axes gets equally many of a batch's rows.
+    """Checks that each device of the batch's axes gets equally many of a batch's rows.
 
     Raises:
         ValueError: it does not.

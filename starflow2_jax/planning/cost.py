@@ -5,7 +5,7 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -41,6 +41,9 @@ _FREE = {
     "async-update",
     "domain",
 }
+_SLICES = ("dynamic-slice", "slice", "gather")
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+"""Operations that change a part of their first operand in place: which operand is the part."""
 _FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}
 
 
@@ -134,7 +137,7 @@ def _taps(out: int, size: int, stride: int, pad: int, lhs: int, rhs: int, inputs
 
 
 def convolution_flops(instruction: Instruction, left: Array, right: Array) -> float:
-    """2 for each multiplication with a real input: TPUs write all products of matrices like that."""
+    """2 for each multiplication with a real input: TPUs write products of matrices like that."""
     labels = instruction.attribute("dim_labels")
     lhs, rest = labels.split("_")
     rhs, result = rest.split("->")
@@ -144,15 +147,15 @@ def convolution_flops(instruction: Instruction, left: Array, right: Array) -> fl
     spatial = sorted(label for label in result if label.isdigit())
     taps = 1
     for axis, w in zip(spatial, _window(instruction.text, len(spatial)), strict=True):
-        taps *= _taps(
-            out[axis], w["size"], w["stride"], w["pad"], w["lhs"], w["rhs"], inputs[axis]
-        )
+        taps *= _taps(out[axis], w["size"], w["stride"], w["pad"], w["lhs"], w["rhs"], inputs[axis])
     return 2.0 * out["b"] * out["f"] * kernel["i"] * taps
 
 
 def dot_flops(instruction: Instruction, left: Array) -> float:
     """2 x the result x the contracted axes."""
-    axes = re.search(r'"?lhs_contracting_(?:dims|dimensions)"?[=:]\s*[{\[]([^}\]]*)', instruction.text)
+    axes = re.search(
+        r'"?lhs_contracting_(?:dims|dimensions)"?[=:]\s*[{\[]([^}\]]*)', instruction.text
+    )
     contracted = re.findall(r"\d+", axes.group(1)) if axes else []
     size = math.prod(left.dims[int(axis)] for axis in contracted)
     return 2.0 * math.prod(instruction.arrays[0].dims) * size
@@ -166,7 +169,13 @@ def groups(text: str) -> np.ndarray:
     """
     pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", text)
     if pairs:
-        return np.array([[int(n) for n in p.split(",")] for p in re.findall(r"\{([^{}]*)\}", text[pairs.start(): pairs.end()]) if p])
+        return np.array(
+            [
+                [int(n) for n in p.split(",")]
+                for p in re.findall(r"\{([^{}]*)\}", text[pairs.start() : pairs.end()])
+                if p
+            ]
+        )
     meshed = re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))? \{([^}]*)\}", text
     )
@@ -188,8 +197,12 @@ def groups(text: str) -> np.ndarray:
         return ids.reshape(int(iota.group(1)), int(iota.group(2)))
     listed = re.search(r"replica_groups=\{(\{.*?\})\}", text)
     if listed:
-        return np.array([[int(n) for n in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", listed.group(0))])
-    raise ValueError(f"replica groups of an unknown form: {text[text.find('replica_groups') :][:120]!r}")
+        return np.array(
+            [[int(n) for n in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", listed.group(0))]
+        )
+    raise ValueError(
+        f"replica groups of an unknown form: {text[text.find('replica_groups') :][:120]!r}"
+    )
 
 
 def _device_ids(text: str | None, count: int) -> np.ndarray:
@@ -233,9 +246,9 @@ class _Reader:
         self.kernels: list[KernelCall] = []
         self.collectives: dict[tuple, Collective] = {}
 
-    def read(self) -> Cost:
-        """The cost."""
-        for run in hlo.runs(self.module):
+    def read(self, runs: list[hlo.Run]) -> Cost:
+        """The cost of these runs."""
+        for run in runs:
             for i in run.computation.instructions:
                 self._count(run.computation, run, run.computation, i)
                 self.memory += run.times * self._memory(run.computation, i)
@@ -243,9 +256,7 @@ class _Reader:
                     self._count(run.computation, run, inside, inner)
         return Cost(self.flops, self.kernels, self.memory, list(self.collectives.values()))
 
-    def _count(
-        self, outer: Computation, run: hlo.Run, inside: Computation, i: Instruction
-    ) -> None:
+    def _count(self, outer: Computation, run: hlo.Run, inside: Computation, i: Instruction) -> None:
         operand = lambda n: inside.by_name[i.operands[n]].arrays[0]
         opcode = i.opcode.removesuffix("-start")
         if i.opcode == "convolution":
@@ -300,7 +311,10 @@ class _Reader:
         """Bytes of main memory that an instruction reads and writes when it runs once."""
         if i.opcode in _FREE or i.opcode.endswith("-done"):
             return 0.0
-        if i.opcode == "custom-call" and i.attribute("custom_call_target").strip('"') in _FREE_CALLS:
+        if (
+            i.opcode == "custom-call"
+            and i.attribute("custom_call_target").strip('"') in _FREE_CALLS
+        ):
             return 0.0
         operands = [computation.by_name[name] for name in i.operands]
         if i.opcode == "copy-start":
@@ -309,15 +323,15 @@ class _Reader:
             return self._called_memory(i, operands)
         if i.opcode == "fusion":
             return self._called_memory(i, operands)
-        if i.opcode in ("dynamic-slice", "slice", "gather"):
+        if i.opcode in _SLICES:
             moved = i.arrays[0]
-            return float(_main(moved) + (moved.bytes if _in_main(operands[0]) else 0))
+            return float(_main(moved) + (moved.stored if _in_main(operands[0]) else 0))
         if i.opcode == "dynamic-update-slice":
             update = operands[1].arrays[0]
-            return float(_main(update) + (update.bytes if _in_main(i) else 0))
+            return float(_main(update) + (update.stored if _in_main(i) else 0))
         if i.opcode == "scatter":
             update = operands[2].arrays[0]
-            return float(_main(update) + (2 * update.bytes if _in_main(i) else 0))
+            return float(_main(update) + (2 * update.stored if _in_main(i) else 0))
         if i.opcode.removesuffix("-start") in COLLECTIVES and i.opcode.endswith("-start"):
             return float(sum(_main(a) for a in i.arrays))
         read = sum(_main(a) for o in operands for a in o.arrays)
@@ -338,7 +352,12 @@ class _Reader:
             results = i.arrays
             if i.opcode == "async-start":  # operands, results, context
                 results = called.root.arrays
-                results = [dataclasses.replace(a, space=s.space) for a, s in zip(results, i.arrays[sum(len(o.arrays) for o in operands):], strict=False)]
+                results = [
+                    dataclasses.replace(a, space=s.space)
+                    for a, s in zip(
+                        results, i.arrays[sum(len(o.arrays) for o in operands) :], strict=False
+                    )
+                ]
             total += self._written(called, results)
         return total
 
@@ -348,18 +367,20 @@ class _Reader:
 
     def _read(self, called: Computation, parameter: Instruction, arrays: list[Array]) -> float:
         """Bytes of a parameter that a fused computation reads."""
-        whole = float(sum(a.bytes for a in arrays if not a.space))
+        whole = float(sum(a.stored for a in arrays if not a.space))
         total = 0.0
         for user in called.instructions:
             if parameter.name not in user.operands:
                 continue
-            if user.opcode in ("dynamic-slice", "slice", "gather"):
+            if user.opcode in _SLICES:
                 if user.operands[0] == parameter.name:
-                    total += user.arrays[0].bytes
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+                    total += user.arrays[0].stored
+            elif user.opcode in _UPDATES and user.operands[0] == parameter.name:
                 continue  # in place
             elif user.opcode in ("bitcast", "get-tuple-element"):
-                total += self._read(called, user, [dataclasses.replace(a, space=0) for a in user.arrays])
+                total += self._read(
+                    called, user, [dataclasses.replace(a, space=0) for a in user.arrays]
+                )
             elif user.opcode == "fusion":
                 inner = self.module.computations[user.called("calls")[0]]
                 for number, name in enumerate(user.operands):
@@ -381,15 +402,15 @@ class _Reader:
         total = 0.0
         for root, result in zip(roots, results, strict=True):
             if not result.space:
-                total += self._update(called, root) or result.bytes
+                total += self._update(called, root) or result.stored
         return total
 
     def _update(self, called: Computation, root: Instruction) -> float:
         """Bytes that an update in place writes; 0 where the result is made anew."""
         while root.opcode in ("bitcast", "convert") and root.operands:
             root = called.by_name[root.operands[0]]
-        if root.opcode == "dynamic-update-slice":
-            return float(called.by_name[root.operands[1]].arrays[0].bytes)
+        if root.opcode in _UPDATES:
+            return float(called.by_name[root.operands[_UPDATES[root.opcode]]].arrays[0].stored)
         if root.opcode == "fusion":
             inner = self.module.computations[root.called("calls")[0]]
             return self._update(inner, inner.root) if inner.root.opcode != "tuple" else 0.0
@@ -399,7 +420,7 @@ class _Reader:
 
 
 def _main(array: Array) -> int:
-    return 0 if array.space else array.bytes
+    return 0 if array.space else array.stored
 
 
 def _in_main(i: Instruction) -> bool:
@@ -417,7 +438,10 @@ def _kernel_name(i: Instruction, target: str) -> str:
 
 
 def cost(
-    module: Module, mesh: Mapping[str, int], slice_of: Sequence[int] | None = None
+    module: Module,
+    mesh: Mapping[str, int],
+    slice_of: Sequence[int] | None = None,
+    open_loop: bool = False,
 ) -> Cost:
     """The cost of one execution on each device.
 
@@ -425,11 +449,10 @@ def cost(
         module: compiled for all devices of the mesh.
         mesh: axis -> size, in order.
         slice_of: the slice (or node) of each device, in the mesh's order; None: one slice.
+        open_loop: of one turn of the program's loop that goes on while something holds.
 
     Raises:
         ValueError: HLO of an unknown form.
     """
-    return _Reader(module, mesh, slice_of).read()
-
-
-KernelFlops = Callable[[KernelCall], float]
+    runs = hlo.runs_of_open_loop(module) if open_loop else hlo.runs(module)
+    return _Reader(module, mesh, slice_of).read(runs)

@@ -32,6 +32,7 @@ _BITS = {
 }
 _ARRAY = re.compile(r"\b(" + "|".join(_BITS) + r")\[([\d,]*)\](\{[^{}]*\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
+_TILED = re.compile(r"\{([\d,]+):T\(([\d,]+)\)")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
@@ -40,16 +41,27 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a shape; `space` 0 is the device's main memory."""
+    """One array of a shape.
+
+    Attributes:
+        space: 0 is the device's main memory.
+        places: elements that it takes in memory, the padding of tiles included.
+    """
 
     dtype: str
     dims: tuple[int, ...]
     space: int = 0
+    places: int = 0
 
     @property
     def bytes(self) -> int:
-        """Without the padding of tiles."""
+        """Of its elements."""
         return math.prod(self.dims) * _BITS[self.dtype] // 8
+
+    @property
+    def stored(self) -> int:
+        """Bytes that it takes in memory."""
+        return max(self.places, math.prod(self.dims)) * _BITS[self.dtype] // 8
 
 
 @dataclasses.dataclass
@@ -94,7 +106,9 @@ class Instruction:
         """Computations of attributes `name=%computation` or `name={%a, %b}`."""
         result = []
         for name in names:
-            for one, many in re.findall(rf"\b{name}=(?:%([\w.\-]+)|\{{([^}}]*)\}})", self.attributes):
+            for one, many in re.findall(
+                rf"\b{name}=(?:%([\w.\-]+)|\{{([^}}]*)\}})", self.attributes
+            ):
                 result += [one] if one else _NAME.findall(many)
         return result
 
@@ -150,8 +164,22 @@ def arrays_of(text: str) -> list[Array]:
     for dtype, dims, layout in _ARRAY.findall(text):
         space = _SPACE.search(layout) if layout else None
         sizes = tuple(int(d) for d in dims.split(",")) if dims else ()
-        found.append(Array(dtype, sizes, int(space.group(1)) if space else 0))
+        places = _places(sizes, layout) if layout else 0
+        found.append(Array(dtype, sizes, int(space.group(1)) if space else 0, places))
     return found
+
+
+def _places(dims: tuple[int, ...], layout: str) -> int:
+    """Elements in memory of an array whose layout has tiles; 0 without."""
+    tiled = _TILED.match(layout)
+    if tiled is None or not dims:
+        return 0
+    order = [int(axis) for axis in tiled.group(1).split(",")]  # the minormost first
+    tile = [int(size) for size in tiled.group(2).split(",")][::-1]
+    sizes = [dims[axis] for axis in order]
+    for n, size in enumerate(tile[: len(sizes)]):
+        sizes[n] = -(-sizes[n] // size) * size
+    return math.prod(sizes)
 
 
 def _closing(text: str, start: int) -> int:
@@ -235,24 +263,23 @@ def parse(text: str) -> Module:
 
 
 def trip_count(module: Module, loop: Instruction) -> int:
-    """How often a `while` runs: what the compiler knows, or the largest constant it compares to.
+    """How often a `while` runs: what the compiler knows, or the largest constant that it counts to.
 
-    A loop without a constant bound counts once.
+    A loop that counts up to no constant (one that goes on while something holds) counts once.
     """
-    known = re.search(r'known_trip_count[^\d]*(\d+)', loop.text)
+    known = re.search(r"known_trip_count[^\d]*(\d+)", loop.text)
     if known:
         return int(known.group(1))
-    (condition,) = loop.called("condition")
-    constants = [1]
-    pending = [condition]
+    constants, counts = [1], False
+    pending = loop.called("condition")
     while pending:
-        computation = module.computations[pending.pop()]
-        for i in computation.instructions:
+        for i in module.computations[pending.pop()].instructions:
             found = re.search(r"\bconstant\((\d+)\)", i.text) if i.opcode == "constant" else None
             if found and i.arrays[0].dtype[0] in "su":
                 constants.append(int(found.group(1)))
+            counts |= i.opcode == "compare" and i.attribute("direction") == "LT"
             pending += i.called("calls", "to_apply")
-    return max(constants)
+    return max(constants) if counts else 1
 
 
 def runs(module: Module) -> list[Run]:
@@ -260,6 +287,24 @@ def runs(module: Module) -> list[Run]:
 
     Of a conditional's branches each counts whole: what may run.
     """
+    return _runs_from(module, module.entry.name)
+
+
+def runs_of_open_loop(module: Module) -> list[Run]:
+    """`runs` of one turn of the entry's loop that goes on while something holds.
+
+    Raises:
+        ValueError: there is not exactly one.
+    """
+    loops = [
+        i for i in module.entry.instructions if i.opcode == "while" and trip_count(module, i) == 1
+    ]
+    if len(loops) != 1:
+        raise ValueError(f"{len(loops)} loops without a bound, expected 1")
+    return _runs_from(module, *loops[0].called("body"))
+
+
+def _runs_from(module: Module, first: str) -> list[Run]:
     found: list[Run] = []
 
     def visit(name: str, times: float) -> None:
@@ -276,7 +321,7 @@ def runs(module: Module) -> list[Run]:
             elif i.opcode == "call":
                 visit(*i.called("to_apply"), times)
 
-    visit(module.entry.name, 1.0)
+    visit(first, 1.0)
     return found
 
 

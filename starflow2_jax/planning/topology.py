@@ -56,9 +56,6 @@ _TPU = "docs.cloud.google.com/tpu/docs"
 _HALF = "the interconnect is listed as both directions together: halved"
 
 CHIPS = {
-    "v4": Chip(
-        "tpu", 275e12, 32 * 2**30, 1228e9, 300e9, 3.1e9, f"{_TPU}/v4; 2400 Gbit/s, one direction"
-    ),
     "v5e": Chip(
         "tpu",
         197e12,
@@ -85,8 +82,8 @@ CHIPS = {
         1600e9,
         400e9,
         12.5e9,
-        f"{_TPU}/v6e; 3200 Gbit/s, one direction (earlier versions of the page: 3584, and 1640 GB/s "
-        "of memory); network 25.6 Tbit/s for 256 chips",
+        f"{_TPU}/v6e; 3200 Gbit/s, one direction (earlier the page said 3584, and 1640 GB/s of "
+        "memory); network 25.6 Tbit/s for 256 chips",
     ),
     "tpu7x": Chip(
         "tpu",
@@ -178,7 +175,7 @@ def parse(name: str, slices: int = 1) -> Topology:
     kind, _, shape = name.partition(":")
     if kind not in CHIPS:
         raise UserError(f"topology {name}: no chip {kind!r}; there are {', '.join(CHIPS)}")
-    dimensions = 3 if kind in ("v4", "v5p", "tpu7x") else 2
+    dimensions = 3 if kind in ("v5p", "tpu7x") else 2
     example = "x".join("4" * dimensions)
     if not re.fullmatch(r"\d+(x\d+)*", shape) or shape.count("x") + 1 != dimensions:
         raise UserError(

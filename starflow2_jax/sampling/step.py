@@ -91,7 +91,7 @@ def prefill(
     else:
         u = spread_images(prompt.u.astype(wide), prompt.image_start, length)
     spec = AttentionSpec(lengths=prompt.lengths)
-    caches = _empty_caches(model, rows, length)
+    caches = model.empty_caches(rows, 0)
     streams = model.run(
         prompt.tokens, prompt.kinds, prompt.positions, u, spec, caches=caches, views=prompt.views
     )
@@ -134,13 +134,6 @@ def prefill(
     return dataclasses.replace(state, mode=_settled(mode, state, settings, flow.tokens))
 
 
-def _empty_caches(model: Pretzel, rows: int, length: int) -> dict[str, Cache]:
-    """Caches for a prompt alone: what it attends to is no larger than itself."""
-    # The compiler must not know that the lengths are zero: it would fold attention over the empty
-    # slots into constants, which takes it longer than the prompt takes to run.
-    return jax.lax.optimization_barrier(model.empty_caches(rows, length))
-
-
 def _with_slots(caches: dict[str, Cache], slots: int) -> dict[str, Cache]:
     """The caches, grown to `slots` slots per row."""
 
@@ -169,7 +162,7 @@ def _prefill_unconditional(
         jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (3, 1, length)),
         jnp.zeros((1, length, flow.channels), at_least_float32(jnp.dtype(model.config.dtype))),
         AttentionSpec(),
-        caches=_empty_caches(model, 1, length),
+        caches=model.empty_caches(1, 0),
     )
     end = jnp.int32(length)
     caches = _with_slots(streams.caches, slots)
@@ -455,9 +448,11 @@ def step(model: Pretzel, state: SampleState, settings: RowSettings) -> SampleSta
 
 
 @jax.jit(donate_argnames=("state",))
-def _advance(
+def run_steps(
     model: Pretzel, state: SampleState, settings: RowSettings, steps: jax.Array
 ) -> SampleState:
+    """The compiled loop of `advance`; steps: int32 []."""
+
     def goes_on(carry: tuple[SampleState, jax.Array]) -> jax.Array:
         state, left = carry
         return (left > 0) & jnp.any(state.mode != Mode.DONE)
@@ -474,7 +469,7 @@ def advance(model: Pretzel, state: SampleState, settings: RowSettings, steps: in
 
     The given state is donated: its arrays may not be used again.
     """
-    return _advance(model, state, settings, jnp.asarray(steps, jnp.int32))
+    return run_steps(model, state, settings, jnp.asarray(steps, jnp.int32))
 
 
 def stopped(state: SampleState, rows: jax.Array) -> SampleState:

@@ -29,7 +29,7 @@ from starflow2_jax.parallel.cpu import keep_freed_memory
 from starflow2_jax.provenance import git_revision, to_json
 from starflow2_jax.training.checkpoint import Checkpoints, checksum
 from starflow2_jax.training.metrics import MetricsWriter, Progress
-from starflow2_jax.training.step import State, StepConfig, init_state, train_step
+from starflow2_jax.training.step import State, StepConfig, init_state, jitted
 from starflow2_jax.training.task import Stage, Task
 
 
@@ -200,12 +200,7 @@ def _train(
     """The loop of one stage, from the state's step to the last."""
     every = this.config.checkpoint.every
     evaluation = this.config.evaluation
-    step_fn = jax.jit(
-        train_step,
-        static_argnames=("graphdef", "loss", "config"),
-        donate_argnames=("state",),
-        out_shardings=(shardings, None),
-    )
+    step_fn = jitted(shardings)
     loss = stage.loss(config, training=True)
     held_out = _held_out(this, stage, config, graphdef, frozen)
     first = int(state["step"])
