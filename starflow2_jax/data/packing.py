@@ -32,6 +32,10 @@ class BatchShape:
         lanes: parts of equally many rows that are read and packed apart, see `data.batches`. The
             batches depend on it.
         places: S.
+        targets: most positions of a row with text loss, beyond which no logits are computed;
+            0: all may have it.
+        prefix: most positions of a row's text before images, the only ones that the VLM runs over
+            in a stage without adapter and skips; 0: it runs over whole rows.
     """
 
     rows: int
@@ -39,6 +43,8 @@ class BatchShape:
     images: int
     lanes: int = 1
     places: int = 0
+    targets: int = 0
+    prefix: int = 0
 
 
 def features(
