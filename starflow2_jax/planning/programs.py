@@ -19,7 +19,8 @@ from starflow2_jax.parallel import mesh as meshes
 from starflow2_jax.parallel import rules
 from starflow2_jax.planning import topology as topologies
 from starflow2_jax.sampling import step as sampling
-from starflow2_jax.sampling.state import Prompt, SampleState, row_settings
+from starflow2_jax.sampling.state import Prompt, row_settings
+from starflow2_jax.training.flops import pretzel_flops
 from starflow2_jax.training.loop import step_config
 from starflow2_jax.training.step import init_state, jitted
 
@@ -138,7 +139,7 @@ def train_program(
     step = step_config(config.stages[stage_name])
     shape = BatchShape(**config.stages[stage_name].batch)
     try:
-        meshes.check_batch(shape.rows, mesh, step.accumulate)
+        meshes.check_batch(shape.rows, mesh)
     except ValueError as error:
         raise UserError(f"stage {stage_name}: {error}") from error
     with rules.use(mesh):
@@ -165,7 +166,8 @@ def train_program(
         "frozen parameters": _bytes(frozen),
         "batch": _bytes(batch),
     }
-    return Program(lowered, mesh, parts, task.flops(stage_name))
+    flops = sum(pretzel_flops(task.model_config, stage, shape).values())
+    return Program(lowered, mesh, parts, flops)
 
 
 def _as_stored(frozen: nnx.State, dtype: str) -> nnx.State:
@@ -233,25 +235,15 @@ def decode_program(
         sampled, settings = place(sampled), place(settings)
         steps = struct((), jnp.int32, sharding=NamedSharding(mesh, jax.P()))
         lowered = _lower(sampling.run_steps, topology, (model, sampled, settings, steps))
-    parts = {
-        "parameters": _bytes(state),
-        "caches": _bytes(sampled.caches),
-    }
-    return Program(lowered, mesh, parts, needed=_needed(state, sampled, task), open_loop=True)
+    # The shallow flow is for display, and the vision tower has seen what there is to see.
+    weights = _without(state, ("shallow",), ("vlm", "tower"))
+    parts = {"parameters": _bytes(weights), "caches": _bytes(sampled.caches)}
+    # Of the embedding a step reads a few rows, unless it is the head as well.
+    read = weights if task.model_config.vlm.tied else _without(weights, ("vlm", "embedding"))
+    needed = _bytes(read) + parts["caches"]
+    return Program(lowered, mesh, parts, needed=needed, open_loop=True)
 
 
-def _needed(state: nnx.State, sampled: SampleState, task: Any) -> float:
-    """Bytes that a device must read in a step: the weights of the step, and the caches.
-
-    Of the embedding only a few rows are read, of the shallow flow nothing; the vision tower has
-    seen what there is to see.
-    """
-    unread = [("shallow",), ("vlm", "tower")]
-    if not task.model_config.vlm.tied:
-        unread.append(("vlm", "embedding"))
-    read = [
-        leaf
-        for path, leaf in nnx.to_flat_state(state)
-        if not any(path[: len(part)] == part for part in unread)
-    ]
-    return _bytes(read) + _bytes(sampled.caches)
+def _without(state: nnx.State, *parts: tuple[str, ...]) -> nnx.State:
+    kept = lambda path: not any(path[: len(part)] == part for part in parts)
+    return nnx.from_flat_state([pair for pair in nnx.to_flat_state(state) if kept(pair[0])])
