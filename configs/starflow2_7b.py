@@ -43,6 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.mesh = group(dict(data=1, fsdp=-1, columns=1, tensor=1, sequence=1))
     config.remat = "products"
     config.dtype = "bfloat16"
+    config.noise_std = 0.3  # on the normalised latents
     config.log_every = 10
     config.log_seconds = 30.0
     config.stages = group()
@@ -51,25 +52,25 @@ def get_config() -> ml_collections.ConfigDict:
     # of the other stages: packed.
     config.stages.text_to_image = group(
         dict(
-            batch=dict(rows=1024, length=512, images=1),
+            batch=dict(rows=1024, length=512, images=1, prefix=128),
             optimizer=dict(
-                steps=780_000, learning_rate=1e-4, warmup=10_000, ema=0.9999, noise_final=0.3
+                steps=780_000, learning_rate=1e-4, warmup=10_000, ema=0.9999
             ),
         )
     )
     config.stages.image_to_text = group(
         dict(
-            batch=dict(rows=1024, length=1024, images=3),
+            batch=dict(rows=1024, length=1024, images=3, targets=256),
             optimizer=dict(
-                steps=65_000, learning_rate=1e-4, warmup=2_000, ema=0.9999, noise_final=0.3
+                steps=65_000, learning_rate=1e-4, warmup=2_000, ema=0.9999
             ),
         )
     )
     config.stages.joint = group(
         dict(
-            batch=dict(rows=1024, length=1024, images=3),
+            batch=dict(rows=1024, length=1024, images=3, targets=256),
             optimizer=dict(
-                steps=26_000, learning_rate=3e-5, warmup=2_000, ema=0.9999, noise_final=0.3
+                steps=26_000, learning_rate=3e-5, warmup=2_000, ema=0.9999
             ),
         )
     )
@@ -84,9 +85,9 @@ def smoke(config: ml_collections.ConfigDict) -> None:
     for stage in config.stages.values():
         stage.batch.rows = 8
         stage.optimizer.update(steps=2, warmup=1)
-    config.stages.text_to_image.batch.update(length=128)
-    config.stages.image_to_text.batch.update(length=128)
-    config.stages.joint.batch.update(length=128)
+    config.stages.text_to_image.batch.update(length=128, prefix=64)
+    for name in ("image_to_text", "joint"):
+        config.stages[name].batch.update(length=128, targets=64)
     config.sample.update(rows=8, positions=128)
 
 
@@ -118,14 +119,6 @@ def make_model_config(config: ml_collections.ConfigDict) -> PretzelConfig:
 def make_task(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> PretzelTask:
     del workdir
     model = make_model_config(config)
-    channels = model.flow.channels
-    codec = LatentCodec(jnp.zeros(channels), jnp.ones(channels), model.flow.side)
-    data = Data(codec)
-    return PretzelTask(config, data, model, draw_samples=None)
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    codec: LatentCodec
-    tokenizer: object = None
-    image: ImageShape | None = None
+    channels, tokens = model.flow.channels, model.flow.tokens
+    codec = LatentCodec(jnp.zeros(channels), jnp.ones(channels), tokens, config.noise_std)
+    return PretzelTask(config, Latents(codec), model, draw_samples=None)

@@ -17,6 +17,17 @@ from starflow2_jax.errors import UserError
 
 WORKDIR_FORMAT_VERSION = 1
 
+MAY_CHANGE = (
+    "config.mesh",
+    "config.cpu_devices",
+    "config.checkpoint",
+    "config.log_every",
+    "config.log_seconds",
+    "config.profile",
+    "config.wandb",
+)
+"""Parts of a config that a run may be continued with others of: how, not what it trains."""
+
 
 class _Absent:
     def __repr__(self) -> str:
@@ -144,7 +155,8 @@ def claim_workdir(
     """Makes the work directory this config's own, or checks that it already is.
 
     A new directory gets `config.json`: format_version, package_version, git_revision (or null) and
-    config. It stays as the first run wrote it. Every process of a job may call this.
+    config. It stays as the first run wrote it. Every process of a job may call this. What
+    `MAY_CHANGE` names may be another one than there.
 
     Returns:
         The directory, absolute.
@@ -189,7 +201,11 @@ def claim_workdir(
             "use another workdir, or the package version that wrote it "
             f"({record.get('package_version')})"
         )
-    differing = differing_keys(old, resolved)
+    differing = {
+        key: pair
+        for key, pair in differing_keys(old, resolved).items()
+        if not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
+    }
     if differing:
         listed = [f"{key} ({_show(x)} there, {_show(y)} now)" for key, (x, y) in differing.items()]
         if len(listed) > 20:

@@ -14,7 +14,7 @@ import pytest
 import tensorstore
 
 from starflow2_jax.errors import UserError
-from starflow2_jax.training import checkpoint
+from starflow2_jax.training import checkpoint, digest
 from starflow2_jax.training.checkpoint import Checkpoints, checksum, load_tree, save_tree
 
 
@@ -434,8 +434,8 @@ def test_checksum_by_parts(monkeypatch):
     # As if parts of it lay on other hosts, with parts of 3 rows (16 = 5 * 3 + 1).
     replicated = jax.NamedSharding(mesh_of(8), jax.P())
     tree["layers"] = jax.device_put(tree["layers"], replicated)
-    monkeypatch.setattr(checkpoint, "_is_local", lambda leaf: False)
-    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 3 * 4 * 4)
+    monkeypatch.setattr(digest, "_is_local", lambda leaf: False)
+    monkeypatch.setattr(digest, "_CHUNK_BYTES", 3 * 4 * 4)
     assert checksum(tree) == expected
 
 
@@ -459,7 +459,7 @@ TWO_PROCESSES = """
     import jax.numpy as jnp
     import numpy as np
 
-    from starflow2_jax.training import checkpoint
+    from starflow2_jax.training import checkpoint, digest
 
     def make(mesh_shape, offset=0.0):
         mesh = jax.make_mesh(
@@ -472,7 +472,7 @@ TWO_PROCESSES = """
         tree = {"w": put(values, "a"), "s": put(np.float32(offset))}
         return tree, {"w": values, "s": np.float32(offset)}
 
-    checkpoint._CHUNK_BYTES = 3 * 8
+    digest._CHUNK_BYTES = 3 * 8
     state, host = make((2, 1))
     assert not state["w"].is_fully_addressable
     assert checkpoint.checksum(state) == checkpoint.checksum(host)

@@ -35,7 +35,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="folder of the run; made where missing, continued where the run has begun",
     )
-    parser.usage = "starflow2 train --config FILE --workdir DIR [--config.KEY=VALUE ...]"
+    for name, what in (("vlm", "VLM"), ("fae", "FAE")):
+        parser.add_argument(
+            f"--{name}",
+            metavar="DIR",
+            help=f"converted {what} to start from: sets config.{name}",
+        )
+    parser.usage = (
+        "starflow2 train --config FILE --workdir DIR [--vlm DIR] [--fae DIR] "
+        "[--config.KEY=VALUE ...]"
+    )
     parser.epilog = _EPILOG
     parser.set_defaults(overrides=[])
 
@@ -47,7 +56,10 @@ def run(args: argparse.Namespace) -> None:
         UserError: bad config or work directory.
         Interrupted: stopped from outside, state saved.
     """
-    config, module = load_config(args.config, args.overrides)
+    given = [
+        f"--config.{name}={value}" for name in ("vlm", "fae") if (value := getattr(args, name))
+    ]
+    config, module = load_config(args.config, [*args.overrides, *given])
     import jax
 
     from starflow2_jax.data.batches import skipped_log

@@ -1,9 +1,10 @@
-"""Cached latents of a frozen autoencoder, as the flow takes them.
+"""Cached latents of a frozen autoencoder, as a run trains on them: without the autoencoder.
 
-Letters: B images, N = side^2 tokens, C channels.
+Letters: B images, N tokens, C latent channels.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,35 +17,40 @@ class LatentCodec:
 
     Attributes:
         mean, std: [C], of the latents.
-        side: tokens along each side.
+        tokens: N.
+        noise_std: of the noise on the normalised latents, always there: the flow models them so.
     """
 
     mean: jax.Array
     std: jax.Array
-    side: int = dataclasses.field(metadata={"static": True})
+    tokens: int = dataclasses.field(metadata={"static": True})
+    noise_std: float = dataclasses.field(default=0.3, metadata={"static": True})
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Of the noise that an image takes."""
-        return (self.side, self.side, len(self.mean))
+    def shape(self) -> tuple[int, int]:
+        """[N, 2 C] of one image as batches hold it: means, then log-variances."""
+        return (self.tokens, 2 * len(self.mean))
 
-    @property
-    def stored(self) -> jax.ShapeDtypeStruct:
-        """One image as batches hold it: means, then log-variances."""
-        return jax.ShapeDtypeStruct((self.side, self.side, 2 * len(self.mean)), jnp.bfloat16)
-
-    def encode(self, images: jax.Array, uniform: jax.Array) -> jax.Array:
-        """A sample of the posterior, normalised.
-
-        Args:
-            images: [B, side, side, 2 C], means, then log-variances.
-            uniform: U[0, 1) [B, side, side, C], which the sample is made of.
-
-        Returns:
-            x [B, N, C], float32.
-        """
+    def latents(
+        self,
+        images: jax.Array,
+        seed: jax.Array | int,
+        image_seeds: jax.Array,
+        noise_std: jax.Array | float = 0.0,
+        reading: bool = False,
+    ) -> jax.Array:
+        """See `codec.Codec`; images are [B, N, 2 C], and `reading` takes the posterior's mean."""
         mean, log_variance = jnp.split(images.astype(jnp.float32), 2, axis=-1)
-        tiny = jnp.finfo(uniform.dtype).tiny
-        normal = jax.scipy.special.ndtri(jnp.maximum(uniform, tiny))
-        x = (mean + jnp.exp(0.5 * log_variance) * normal - self.mean) / self.std
-        return x.reshape(len(x), self.side**2, -1)
+        base, shape = jax.random.key(seed), mean.shape[1:]
+
+        def draw(image_seed: jax.Array) -> tuple[jax.Array, jax.Array]:
+            sample, noise = jax.random.split(jax.random.fold_in(base, image_seed))
+            return jax.random.normal(sample, shape), jax.random.normal(noise, shape)
+
+        normal, noise = jax.vmap(draw)(jnp.asarray(image_seeds))
+        z = mean if reading else mean + jnp.exp(0.5 * log_variance) * normal
+        return (z - self.mean) / self.std + jnp.hypot(self.noise_std, noise_std) * noise
+
+    def bits_per_dim(self, log_prob: jax.Array) -> jax.Array:
+        """log p(x) in nats of a whole image -> bits per noisy normalised latent dim."""
+        return -log_prob / (self.tokens * len(self.mean) * math.log(2.0))

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starflow2_jax.models.codec import Codec
+
 
 def image_noise(
     seed: jax.Array | int, image_seeds: jax.Array, shape: tuple[int, int, int]
@@ -58,17 +60,26 @@ class PatchCodec:
     divisors: jax.Array
     shape: tuple[int, int, int] = dataclasses.field(metadata={"static": True})
 
-    @property
-    def stored(self) -> jax.ShapeDtypeStruct:
-        """One image as batches hold it."""
-        return jax.ShapeDtypeStruct(self.shape, jnp.uint8)
-
     def encode(self, images: jax.Array, uniform: jax.Array) -> jax.Array:
         """uint8 [B, H, W, channels] and U[0, 1) noise of that shape -> x [B, N, C]."""
         pixels = dequantised(images, uniform).reshape(images.shape[0], -1)
         patches = pixels[:, self.order].reshape(images.shape[0], *self.divisors.shape)
         coefficients = patches @ self.basis / self.divisors  # [B, P, K]
         return coefficients.mT
+
+    def latents(
+        self,
+        images: jax.Array,
+        seed: jax.Array | int,
+        image_seeds: jax.Array,
+        noise_std: jax.Array | float = 0.0,
+        reading: bool = False,
+    ) -> jax.Array:
+        """See `codec.Codec`; pixels are dequantised where they are only read, too."""
+        del reading
+        uniform, normal = image_noise(seed, image_seeds, images.shape[1:])
+        x = self.encode(images, uniform)
+        return x + noise_std * normal.reshape(x.shape)
 
     def decode(self, x: jax.Array) -> jax.Array:
         """x [B, N, C] -> real pixels [B, H, W, channels] on the [-1, 1) scale."""
@@ -91,29 +102,29 @@ class PatchCodec:
 
 
 def noisy_latents(
-    codec: PatchCodec,
+    codec: Codec,
     images: jax.Array,
     seed: jax.Array | int,
     image_seeds: jax.Array,
     noise_std: jax.Array | float = 0.0,
+    reading: bool = False,
 ) -> jax.Array:
-    """Latents of images with their noise, see `image_noise`.
+    """Latents of images with their noise, see `codec.Codec.latents`.
 
     Args:
         codec: of the images.
-        images: uint8 [..., H, W, channels].
+        images: uint8 [..., H, W, channels], or what else the codec takes.
         seed: of the run, or of one draw; scalar.
         image_seeds: uint32 [...], one for each image.
         noise_std: of the noise on the latents.
+        reading: the images are only looked at.
 
     Returns:
         [..., N, C].
     """
     images, leading = jnp.asarray(images), image_seeds.shape
     flat = images.reshape(-1, *images.shape[len(leading) :])
-    uniform, normal = image_noise(seed, jnp.asarray(image_seeds).reshape(-1), codec.shape)
-    x = codec.encode(flat, uniform)
-    x = x + noise_std * normal.reshape(x.shape)
+    x = codec.latents(flat, seed, jnp.asarray(image_seeds).reshape(-1), noise_std, reading)
     return x.reshape(*leading, *x.shape[1:])
 
 

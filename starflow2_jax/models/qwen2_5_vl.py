@@ -19,7 +19,7 @@ from starflow2_jax.models.qwen2_5_vision import (
     VisionTower,
     published_tower,
 )
-from starflow2_jax.nn import decoder, layers, partition, rope
+from starflow2_jax.nn import cross_entropy, decoder, layers, partition, rope
 from starflow2_jax.nn.attention import AttentionSpec
 
 
@@ -292,3 +292,16 @@ class Qwen25VL(nnx.Module):
         wide = layers.at_least_float32(y.dtype)
         names = ("table", None) if self.head is None else ("embed", "vocab")
         return partition.product(y, head[...].T, names, wide)
+
+    def token_log_prob(self, y: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """log softmax(logits(y)) at one token each, and the log partition; never all logits.
+
+        Args:
+            y: [B, T, D].
+            tokens: int32 [B, T].
+
+        Returns:
+            Two arrays [B, T], at least float32; nats.
+        """
+        head = self.embedding if self.head is None else self.head
+        return cross_entropy.token_log_prob(y, head[...], tokens)

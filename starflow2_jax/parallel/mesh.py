@@ -139,8 +139,13 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None =
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_batch(rows: int, mesh: Mesh) -> None:
+def check_batch(rows: int, mesh: Mesh, parts: int = 1) -> None:
     """Checks that each device of the batch's axes gets equally many of a batch's rows.
+
+    Args:
+        rows: of the batch.
+        mesh: see `make_mesh`.
+        parts: that the batch is run in, one after another.
 
     Raises:
         ValueError: it does not.
@@ -148,9 +153,10 @@ def check_batch(rows: int, mesh: Mesh) -> None:
     names = [axis for axis in BATCH_AXES if axis in ("data", "fsdp") or mesh.shape[axis] > 1]
     sizes = [mesh.shape[axis] for axis in names]
     shares = math.prod(sizes)
-    if rows % shares:
+    if rows % (shares * parts):
+        over = f"{' x '.join(names)} = {' x '.join(map(str, sizes))} = {shares} devices"
+        over += f" in {parts} parts" if parts > 1 else ""
         raise ValueError(
-            f"a batch of {rows} rows cannot be shared out over {' x '.join(names)} = "
-            f"{' x '.join(map(str, sizes))} = {shares} devices: use a multiple of {shares} rows, "
-            "or a smaller fsdp"
+            f"a batch of {rows} rows cannot be shared out over {over}: use a multiple of "
+            f"{shares * parts} rows, or a smaller fsdp"
         )

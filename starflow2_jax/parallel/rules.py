@@ -120,19 +120,26 @@ def abstract(tree: Any, mesh: Mesh, table: Mapping[str, partition.MeshAxes] = RU
     )
 
 
-def born_sharded(make_model: Callable[[], Model], mesh: Mesh) -> Model:
+def born_sharded(
+    make_model: Callable[[], Model], mesh: Mesh, given: Mapping[str, nnx.State] | None = None
+) -> Model:
     """Makes a model whose parameters never exist unsharded on any one device.
 
     Args:
         make_model: builds the model, without arguments: `lambda: Pretzel(config, rngs=...)`.
         mesh: see `mesh.make_mesh`.
+        given: parameters that there are already, by the model's part; they are not made.
 
     Returns:
-        The model; its values are those of `make_model()`.
+        The model; its values are those of `make_model()` but for the given ones.
     """
-    graphdef, shapes = nnx.split(nnx.eval_shape(make_model))
-    make_state = jax.jit(lambda: nnx.split(make_model())[1], out_shardings=shardings(shapes, mesh))
-    return nnx.merge(graphdef, make_state())
+    given = given or {}
+    is_given = lambda path, _: path[0] in given
+    graphdef, _, shapes = nnx.split(nnx.eval_shape(make_model), is_given, ...)
+    make_state = jax.jit(
+        lambda: nnx.split(make_model(), is_given, ...)[2], out_shardings=shardings(shapes, mesh)
+    )
+    return nnx.merge(graphdef, nnx.State(dict(given)), make_state())
 
 
 def _batch_axis(path: tuple) -> int:

@@ -15,12 +15,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from starflow2_jax.data.packing import BatchShape
 from starflow2_jax.errors import UserError
+from starflow2_jax.models.codec import Codec
+from starflow2_jax.models.latents import LatentCodec
 from starflow2_jax.parallel import mesh as meshes
 from starflow2_jax.parallel import rules
 from starflow2_jax.planning import topology as topologies
 from starflow2_jax.sampling import step as sampling
 from starflow2_jax.sampling.state import Prompt, row_settings
-from starflow2_jax.training.flops import pretzel_flops
 from starflow2_jax.training.loop import step_config
 from starflow2_jax.training.step import init_state, jitted
 
@@ -95,6 +96,12 @@ def batch_shapes(shape: BatchShape, image: jax.ShapeDtypeStruct) -> dict[str, An
     return found
 
 
+def _stored(codec: Codec) -> jax.ShapeDtypeStruct:
+    """One image as batches hold it."""
+    dtype = jnp.bfloat16 if isinstance(codec, LatentCodec) else jnp.uint8
+    return jax.ShapeDtypeStruct(codec.shape, dtype)
+
+
 def _placed(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -139,7 +146,7 @@ def train_program(
     step = step_config(config.stages[stage_name])
     shape = BatchShape(**config.stages[stage_name].batch)
     try:
-        meshes.check_batch(shape.rows, mesh)
+        meshes.check_batch(shape.rows, mesh, step.accumulate)
     except ValueError as error:
         raise UserError(f"stage {stage_name}: {error}") from error
     with rules.use(mesh):
@@ -148,7 +155,7 @@ def train_program(
         frozen = _as_stored(frozen, task.model_config.dtype)
         state = jax.eval_shape(functools.partial(init_state, config=step, seed=0), trainable)
         state, frozen = rules.abstract(state, mesh), rules.abstract(frozen, mesh)
-        batch = batch_shapes(shape, task.constants.stored)
+        batch = batch_shapes(shape, _stored(task.constants))
         batch = _placed(batch, rules.batch_shardings(batch, mesh))
         everywhere = NamedSharding(mesh, jax.P())
         constants = _placed(task.constants, jax.tree.map(lambda _: everywhere, task.constants))
@@ -166,8 +173,7 @@ def train_program(
         "frozen parameters": _bytes(frozen),
         "batch": _bytes(batch),
     }
-    flops = sum(pretzel_flops(task.model_config, stage, shape).values())
-    return Program(lowered, mesh, parts, flops)
+    return Program(lowered, mesh, parts, task.flops(stage_name))
 
 
 def _as_stored(frozen: nnx.State, dtype: str) -> nnx.State:
