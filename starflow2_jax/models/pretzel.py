@@ -175,7 +175,7 @@ class Adapter(nnx.Module):
             width,
             width,
             rngs=rngs,
-            logical=("embed", None),
+            logical=("embed", "embed_out"),
             kernel_init=layers.zeros,
             bias_init=layers.zeros,
         )
@@ -196,8 +196,10 @@ class Pretzel(nnx.Module):
         self.shallow = ShallowFlow(flow, rngs=rngs)
         self.deep = DeepBlock(flow, vlm.width, rngs=rngs)
         skip = {"rngs": rngs, "bias": False, "kernel_init": layers.zeros}
-        self.skip_vlm = layers.Linear(vlm.width, flow.width, logical=("embed", None), **skip)
-        self.skip_flow = layers.Linear(flow.width, vlm.width, logical=("embed", None), **skip)
+        self.skip_vlm = layers.Linear(vlm.width, flow.width, logical=("embed", "embed_out"), **skip)
+        self.skip_flow = layers.Linear(
+            flow.width, vlm.width, logical=("embed", "embed_out"), **skip
+        )
 
     def empty_caches(self, rows: int, slots: int) -> dict[str, decoder.Cache]:
         """Caches of both streams for `slots` positions of `rows` rows."""

@@ -13,18 +13,24 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from starflow2_jax.nn import attention, layers, partition, rope
+from starflow2_jax.nn import attention, attention_kernels, layers, partition, rope
 
 Cache = dict[str, Any]
 
 # Stacks of at most this size are unrolled to sample from them: their weights are then there twice.
 UNROLLED_BYTES = 2**30
 
+# What the backward pass needs of a layer besides its input, but for what is elementwise.
+PRODUCTS = ("qkv", attention_kernels.RESIDUALS, "attended", *layers.MLP_PRODUCTS)
+
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "products": jax.checkpoint_policies.save_only_these_names(*PRODUCTS),
 }
+Remat = Literal["none", "dots", "products", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +41,9 @@ class DecoderConfig:
         norm: "layer" (LayerNorm), "rms" (gain = weight).
         mlp: "gelu" (exact, two matrices) or "swiglu" (three).
         final_norm: none, "layer", "rms" (gain = weight) or "rms_unit_offset" (gain = 1 + weight).
-        remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "full".
+        remat: what the backward pass recomputes: "none"; "dots", all but matrix products;
+            "products", all but the matrix products and the attention that it needs (weights are
+            gathered again, too); "full", each layer from its input.
         window: positions per window of local attention; 0: no layer has any.
         whole_layers: layers that see past the windows.
         qk_norm: queries and keys have an RMSNorm over each head, before the rotation.
@@ -56,7 +64,7 @@ class DecoderConfig:
     norm_epsilon: float
     final_norm: Literal["none", "layer", "rms", "rms_unit_offset"] = "none"
     final_norm_epsilon: float = 1e-6
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Remat = "none"
     window: int = 0
     whole_layers: tuple[int, ...] = ()
     qk_norm: bool = False
@@ -106,7 +114,9 @@ class Attention(nnx.Module):
         """
         c = self.config
         groups = c.heads // c.kv_heads
-        qkv = self.qkv(x).reshape(*x.shape[:2], c.kv_heads, groups + 2, c.head_dim)
+        qkv = checkpoint_name(self.qkv(x), "qkv").reshape(
+            *x.shape[:2], c.kv_heads, groups + 2, c.head_dim
+        )
         qkv = partition.constrain(qkv, ("batch", "length", "heads", None, None))
         q, k, v = qkv[..., :groups, :], qkv[..., groups, :], qkv[..., groups + 1, :]
         if self.q_norm is not None:
@@ -167,7 +177,8 @@ class DecoderLayer(nnx.Module):
         With `Slots`: theirs, the new ones among them.
         """
         mixed, kv = self.attention(self.attention_norm(x), rotation, spec, past)
-        x = x + (mixed if self.attention_scale is None else self.attention_scale(mixed))
+        mixed = mixed if self.attention_scale is None else self.attention_scale(mixed)
+        x = checkpoint_name(x + mixed, "attended")
         hidden = self.mlp(self.mlp_norm(x))
         x = x + (hidden if self.mlp_scale is None else self.mlp_scale(hidden))
         return partition.constrain(x, ("batch", "length", "embed_activation")), kv
@@ -177,9 +188,11 @@ def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) 
     """A cache of `slots` positions: k, v [L, B, M, K, d] and length int32 [B].
 
     One of no slots is the start of a prompt: the call it is given to attends to nothing but its own
-    T positions, and returns a cache of T slots.
+    T positions, and returns a cache of T slots. On TPUs, narrow heads are folded: see
+    `attention.cache_fold`.
     """
-    shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
+    fold = attention.cache_fold(config.kv_heads, config.head_dim)
+    shape = (config.layers, rows, slots, config.kv_heads // fold, config.head_dim * fold)
     return {
         "k": jnp.zeros(shape, dtype),
         "v": jnp.zeros(shape, dtype),
@@ -195,6 +208,7 @@ def _append(cache: Cache, k: jax.Array, v: jax.Array, lengths: jax.Array | None)
     rows, size = k.shape[1], k.shape[2]
     slots = cache["k"].shape[2]
     taken = jnp.full((rows,), size, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+    k, v = (new.reshape(*new.shape[:3], *cache["k"].shape[3:]) for new in (k, v))
     if not slots:
         dtype = cache["k"].dtype
         return {"k": k.astype(dtype), "v": v.astype(dtype), "length": taken}
@@ -226,7 +240,7 @@ def with_slots(cache: Cache, slots: int) -> Cache:
     return {"k": grow(cache["k"]), "v": grow(cache["v"]), "length": cache["length"]}
 
 
-def apart(cache: Cache, slots: int) -> Cache:
+def apart(cache: Cache, slots: int, head_dim: int) -> Cache:
     """The form of a cache for `Decoder.unrolled`: arrays of its own for each layer.
 
     k: [B, K, d, M] and v: [B, K, M, d] of each. A layer writes its own in place and then reads them
@@ -235,6 +249,7 @@ def apart(cache: Cache, slots: int) -> Cache:
     Args:
         cache: of either form.
         slots: M of the result, at least every row's length.
+        head_dim: d; the given cache may be folded, see `attention.cache_fold`.
     """
 
     def resized(store: jax.Array, axis: int) -> jax.Array:
@@ -245,8 +260,9 @@ def apart(cache: Cache, slots: int) -> Cache:
 
     k, v = cache["k"], cache["v"]
     if not isinstance(k, tuple):
-        k = tuple(k.transpose(0, 1, 3, 4, 2))
-        v = tuple(v.transpose(0, 1, 3, 2, 4))
+        single = lambda a: a.reshape(*a.shape[:3], -1, head_dim)
+        k = tuple(single(k).transpose(0, 1, 3, 4, 2))
+        v = tuple(single(v).transpose(0, 1, 3, 2, 4))
     return {
         "k": tuple(resized(store, 3) for store in k),
         "v": tuple(resized(store, 2) for store in v),
@@ -254,10 +270,10 @@ def apart(cache: Cache, slots: int) -> Cache:
     }
 
 
-def in_step(cache: Cache, slots: int) -> Cache:
+def in_step(cache: Cache, slots: int, head_dim: int) -> Cache:
     """`apart`, for rows that have the same length and keep it: one length, int32 []."""
     length = cache["length"]
-    return apart(cache, slots) | {"length": length if length.ndim == 0 else length[0]}
+    return apart(cache, slots, head_dim) | {"length": length if length.ndim == 0 else length[0]}
 
 
 def _looped(body: Callable, x: jax.Array, xs: tuple) -> tuple[jax.Array, list]:
@@ -308,7 +324,7 @@ class Decoder(nnx.Module):
         """
         if not isinstance(self.layers, nnx.List):
             return with_slots(cache, slots)
-        return apart(cache, max(slots, slots_of(cache)))
+        return apart(cache, max(slots, slots_of(cache)), self.config.head_dim)
 
     @property
     def small(self) -> bool:

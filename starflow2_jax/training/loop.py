@@ -31,7 +31,7 @@ from starflow2_jax.training.held_out import BEST_BY, held_out_losses
 from starflow2_jax.training.interrupt import Interruptible
 from starflow2_jax.training.meter import Meter, Profiler
 from starflow2_jax.training.metrics import MetricsWriter, Progress
-from starflow2_jax.training.step import State, StepConfig, init_state, train_step
+from starflow2_jax.training.step import State, StepConfig, init_state, jitted
 from starflow2_jax.training.task import Stage, Task
 
 
@@ -237,12 +237,7 @@ def _train(
     """The loop of one stage, from the state's step to the last."""
     graphdef, state, frozen, shardings = parts
     every, evaluation = this.config.checkpoint.every, this.config.evaluation
-    step_fn = jax.jit(
-        train_step,
-        static_argnames=("graphdef", "loss", "config"),
-        donate_argnames=("state",),
-        out_shardings=(shardings, NamedSharding(this.mesh, jax.P())),
-    )
+    step_fn = jitted(shardings, NamedSharding(this.mesh, jax.P()))
     loss = stage.loss(config, training=True)
     held_out = _held_out(this, stage, config, graphdef, frozen)
     first = int(state["step"])

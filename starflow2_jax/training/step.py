@@ -191,3 +191,18 @@ def train_step(
     metrics |= {"skipped": guard["skipped"], "skipped_in_a_row": guard["in_a_row"]}
     metrics |= {name: counts[name] for name in ("images", "tokens")}
     return updated | {"step": state["step"] + 1, "guard": guard, "seed": state["seed"]}, metrics
+
+
+def jitted(shardings: State, metrics: jax.sharding.Sharding | None = None) -> Callable[..., Any]:
+    """`train_step` as it runs: compiled once for each stage, its state donated.
+
+    Args:
+        shardings: of the state's arrays.
+        metrics: of the scalars; None: as the compiler likes.
+    """
+    return jax.jit(
+        train_step,
+        static_argnames=("graphdef", "loss", "config"),
+        donate_argnames=("state",),
+        out_shardings=(shardings, metrics),
+    )
