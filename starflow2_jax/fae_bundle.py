@@ -13,7 +13,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -100,17 +99,16 @@ def load_statistics(path: pathlib.Path, model: FAE) -> None:
         record = json.loads(path.read_text(encoding="utf-8"))
         for name in ("features", "latents"):
             part: Statistics = getattr(model, name)
-            for key in ("mean", "std"):
-                variable = getattr(part, key)
-                value = np.asarray(record[name][key], np.float32)
-                if value.shape != variable.shape:
+            found = {key: np.asarray(record[name][key], np.float32) for key in ("mean", "std")}
+            for key, value in found.items():
+                if value.shape != part.mean.shape:
                     raise UserError(
                         f"{path}: {name}.{key} has {value.size} channels, the FAE has "
-                        f"{variable.shape[0]}"
+                        f"{part.mean.shape[0]}"
                     )
                 if not np.isfinite(value).all() or (key == "std" and (value <= 0).any()):
                     raise UserError(f"{path}: {name}.{key} has numbers that are none it can have")
-                variable[...] = jnp.asarray(value)
+            part.fill(**found)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} holds no statistics of an FAE ({error!r})") from error
 

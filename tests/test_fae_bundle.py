@@ -1,7 +1,9 @@
 """Directories of an FAE, and its latents in the flow's place for images."""
 
 import dataclasses
+import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +69,6 @@ def stored(tmp_path_factory):
 
 
 def damaged(stored, tmp_path, change):
-    import shutil
-
     folder = tmp_path / "fae"
     shutil.copytree(stored, folder)
     change(folder)
@@ -122,44 +122,55 @@ def test_directories_of_other_models(stored, tmp_path):
 
 def test_codec():
     codec = FAECodec(made(), (SIZE, SIZE, 3), noise_std=0.3)
-    model, images = codec.model, jnp.asarray(pictures(3))
-    seeds = jnp.asarray([5, 6, 5], jnp.uint32)
-    latents = tiny.jit(
-        lambda codec, *rest, **more: codec.latents(*rest, **more), static_argnames="reading"
-    )
-    x = latents(codec, images, 0, seeds)
-    assert x.shape == (3, 16, 4) and x.dtype == jnp.float32
+    model, images = codec.model, pictures(3)
+    seeds = np.asarray([5, 6, 5], np.uint32)
+
+    @functools.partial(tiny.jit, static_argnames="reading")
+    def draw(codec, images, seeds, noise_std, reading=False):
+        return codec.latents(images, 0, seeds, noise_std, reading)
+
+    def latents(images, seeds, noise_std=0.0, **more):
+        return np.asarray(draw(codec, images, seeds, noise_std, **more))
+
+    x = latents(images, seeds)
+    assert x.shape == (3, 16, 4) and x.dtype == np.float32
     posterior = tiny.jit(lambda m, i: m.encode(i, jnp.float32))(model, images)
-    normalised = lambda z: (z - model.fae.latents.mean[...]) / model.fae.latents.std[...]
-    read = latents(codec, images, 0, seeds, reading=True)
-    noise = (read - normalised(posterior.mean)) / 0.3
+    mean, logvar = np.asarray(posterior.mean), np.asarray(posterior.logvar)
+    shift, scale = (np.asarray(v[...]) for v in (model.fae.latents.mean, model.fae.latents.std))
+    normalised = (mean - shift) / scale
+    read = latents(images, seeds, reading=True)
+    noise = (read - normalised) / 0.3
     # Images of one seed have the same noise; others another; and it is a standard normal.
     tiny.close(noise[0], noise[2], 1e-4)
     assert np.abs(noise[0] - noise[1]).max() > 1
     assert 0.8 < noise.std() < 1.2
-    sampled = (x - read) / (posterior.std / model.fae.latents.std[...])
+    sampled = (x - read) / (np.exp(logvar / 2) / scale)
     tiny.close(sampled[0], sampled[2], 1e-4)
-    assert (
-        0.8 < sampled.std() < 1.2
-        and np.abs(np.corrcoef(sampled.ravel(), noise.ravel())[0, 1]) < 0.3
-    )
+    assert 0.8 < sampled.std() < 1.2
+    assert np.abs(np.corrcoef(sampled.ravel(), noise.ravel())[0, 1]) < 0.3
     # More noise adds up by variance.
-    more = latents(codec, images, 0, seeds, 0.4, reading=True)
-    tiny.close(more - normalised(posterior.mean), noise * 0.5, 1e-5)
+    more = latents(images, seeds, 0.4, reading=True)
+    tiny.close(more - normalised, noise * 0.5, 1e-5)
     # Whatever batch it is in.
-    tiny.close(latents(codec, images[1:2], 0, seeds[1:2])[0], x[1], 1e-5)
+    tiny.close(latents(images[[1, 0, 0]], seeds[[1, 0, 0]])[0], x[1], 1e-5)
     # Cached moments give the same latents; in bfloat16, to its precision.
-    moments = jnp.concatenate([posterior.mean, posterior.logvar], -1)
-    tiny.close(latents(codec, moments, 0, seeds), x, 1e-5)
-    rounded = latents(codec, moments.astype(jnp.bfloat16), 0, seeds)
+    moments = np.concatenate([mean, logvar], -1)
+    tiny.close(latents(moments, seeds), x, 1e-5)
+    rounded = latents(moments.astype(ml_dtypes.bfloat16), seeds)
     assert 0 < np.abs(rounded - x).max() < 0.05
     # With rows of images, as batches have them.
-    pairs = noisy_latents(codec, moments[:2][:, None], 0, seeds[:2, None])
-    tiny.close(pairs[:, 0], x[:2], 1e-5)
-    pixels = tiny.jit(lambda codec, x: (codec.decode(x), codec.to_uint8(x)))(codec, read)
-    tiny.close(pixels[0], 2 * model.fae.decode(model.fae.latents.denormalise(read)) - 1, 1e-5)
-    expected = np.clip(np.round((np.asarray(pixels[0], np.float64) + 1) * 127.5), 0, 255)
-    assert np.abs(expected - pixels[1]).max() <= 1 and pixels[1].dtype == np.uint8
+    rows = tiny.jit(lambda codec, m, s: noisy_latents(codec, m, 0, s))
+    tiny.close(rows(codec, moments[:, None], seeds[:, None])[:, 0], x, 1e-5)
+    pixels, levels, plain = tiny.jit(
+        lambda codec, x: (
+            codec.decode(x),
+            codec.to_uint8(x),
+            codec.model.fae.decode(codec.model.fae.latents.denormalise(x)),
+        )
+    )(codec, read)
+    tiny.close(pixels, 2 * np.asarray(plain) - 1, 1e-5)
+    expected = np.clip(np.round((np.asarray(pixels, np.float64) + 1) * 127.5), 0, 255)
+    assert np.abs(expected - levels).max() <= 1 and levels.dtype == np.uint8
     # A standard normal's entropy is log2 sqrt(2 pi e) bits per dim.
     nats = -16 * 4 * 0.5 * np.log(2 * np.pi * np.e)
     tiny.close(codec.bits_per_dim(nats), 0.5 * np.log2(2 * np.pi * np.e), 1e-6)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import shutil
 import types
 
 import jax
@@ -23,10 +24,10 @@ from starflow2_jax.evaluation.reconstruction import measure_reconstruction
 from starflow2_jax.fae_bundle import load_fae, read_fae
 from starflow2_jax.models.dinov2 import DinoV2
 from starflow2_jax.models.discriminator import Discriminator, DiscriminatorConfig
-from starflow2_jax.models.fae import FeatureFAE
+from starflow2_jax.models.fae import FeatureFAE, Moments
 from starflow2_jax.models.lpips import LPIPS
 from starflow2_jax.training import loop
-from starflow2_jax.training.fae import FAETask, Moments, stages_of
+from starflow2_jax.training.fae import FAETask, stages_of
 from starflow2_jax.training.fae_losses import (
     FAETraining,
     FeatureLoss,
@@ -382,8 +383,6 @@ def test_a_run_of_all_stages(tmp_path, capsys):
     with first.unlocked():
         first.stages = {name: made.stages[name] for name in sorted(stop)}
     loop.run(first, types.SimpleNamespace(make_task=make_task), other)
-    import shutil
-
     shutil.rmtree(other / "model")
     loop.run(made, types.SimpleNamespace(make_task=make_task), other)
     again = load_fae(other)

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow2_jax.errors import UserError
-from starflow2_jax.models.fae import FeatureFAE
-from starflow2_jax.training.fae import Moments
+from starflow2_jax.models.fae import FeatureFAE, Moments
 
 Distance = Callable[[np.ndarray, np.ndarray], float]
 """Of two sets of uint8 images [B, H, W, channels]: FID, where Inception's weights are given."""

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from starflow2_jax.models.dinov2 import DinoV2, DinoV2Config, dinov2_giant, swiglu_width
@@ -241,6 +242,12 @@ class Statistics(nnx.Module):
         self.mean = Statistic(jnp.zeros((channels,), jnp.float32), logical=(None,))
         self.std = Statistic(jnp.ones((channels,), jnp.float32), logical=(None,))
 
+    def fill(self, mean: np.ndarray, std: np.ndarray) -> None:
+        """Takes these, [channels] each, where the ones before them are."""
+        for variable, value in ((self.mean, mean), (self.std, std)):
+            place = variable[...].sharding
+            variable[...] = jax.device_put(np.asarray(value, np.float32), place)
+
     def normalise(self, x: jax.Array) -> jax.Array:
         """[..., channels] to mean 0 and standard deviation 1; in its dtype."""
         wide = x.astype(layers.at_least_float32(x.dtype))
@@ -250,6 +257,32 @@ class Statistics(nnx.Module):
         """The inverse of `normalise`."""
         wide = x.astype(layers.at_least_float32(x.dtype))
         return (wide * self.std[...] + self.mean[...]).astype(x.dtype)
+
+
+class Moments:
+    """Mean and standard deviation of channels, batch after batch, in float64 on the host."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def add(self, values: np.ndarray, variance: np.ndarray | float = 0.0) -> None:
+        """Values [..., channels]; with `variance` each is a distribution of that one around it."""
+        flat = np.asarray(values, np.float64).reshape(-1, values.shape[-1])
+        more = np.asarray(variance, np.float64)
+        more = more.reshape(-1, flat.shape[1]).sum(0) if more.ndim else 0.0
+        count, mean = len(flat), flat.mean(0)
+        squares = np.square(flat - mean).sum(0) + more
+        total = self.count + count
+        apart = mean - self.mean
+        self.squares = self.squares + squares + np.square(apart) * self.count * count / total
+        self.mean = self.mean + apart * count / total
+        self.count = total
+
+    def into(self, statistics: Statistics) -> None:
+        """Puts them into a model's; a channel that never changes has deviation 1."""
+        std = np.sqrt(self.squares / self.count)
+        std = np.where(std > 1e-6, std, 1.0)
+        statistics.fill(self.mean, std)
 
 
 class SingleAttention(nnx.Module):

@@ -23,10 +23,11 @@ from starflow2_jax.errors import UserError
 from starflow2_jax.fae_bundle import load_statistics, save_fae, save_statistics
 from starflow2_jax.models.dinov2 import DinoV2
 from starflow2_jax.models.discriminator import Discriminator, DiscriminatorConfig
-from starflow2_jax.models.fae import FAEConfig, FeatureFAE, Statistics
+from starflow2_jax.models.fae import FAEConfig, FeatureFAE, Moments
 from starflow2_jax.models.lpips import LPIPS
 from starflow2_jax.nn.decoder import DecoderConfig
 from starflow2_jax.parallel import rules
+from starflow2_jax.parallel.distributed import fetch
 from starflow2_jax.training.fae_losses import (
     FAETraining,
     FeatureLoss,
@@ -155,34 +156,6 @@ def stages_of(groups: Mapping[str, Mapping[str, Any]], tokens: int) -> tuple[FAE
     return tuple(made)
 
 
-class Moments:
-    """Mean and standard deviation of channels, batch after batch, in float64 on the host."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, 0.0, 0.0
-
-    def add(self, values: np.ndarray, variance: np.ndarray | float = 0.0) -> None:
-        """Values [..., channels]; with `variance` each is a distribution of that one around it."""
-        flat = np.asarray(values, np.float64).reshape(-1, values.shape[-1])
-        more = np.asarray(variance, np.float64)
-        more = more.reshape(-1, flat.shape[1]).sum(0) if more.ndim else 0.0
-        count, mean = len(flat), flat.mean(0)
-        squares = np.square(flat - mean).sum(0) + more
-        total = self.count + count
-        apart = mean - self.mean
-        self.squares = self.squares + squares + np.square(apart) * self.count * count / total
-        self.mean = self.mean + apart * count / total
-        self.count = total
-
-    def into(self, statistics: Statistics) -> None:
-        """Puts them into a model's; a channel that never changes has deviation 1."""
-        std = np.sqrt(self.squares / self.count)
-        std = np.where(std > 1e-6, std, 1.0)
-        for variable, value in ((statistics.mean, self.mean), (statistics.std, std)):
-            old = variable[...]
-            variable[...] = jax.device_put(jnp.asarray(value, jnp.float32), old.sharding)
-
-
 def _placed(net: Net, mesh: Mesh) -> Net:
     graphdef, state = nnx.split(net)
     return nnx.merge(graphdef, jax.device_put(state, rules.shardings(state, mesh)))
@@ -291,15 +264,15 @@ class FAETask:
         moments = Moments()
         features_of = jax.jit(lambda model, images: model.features_of(images, self._dtype()))
         for images in self._parts():
-            moments.add(np.asarray(features_of(model, images), np.float32))
+            moments.add(fetch(features_of(model, images)))
         moments.into(model.fae.features)
 
     def _measure_latents(self, model: FeatureFAE) -> None:
         moments = Moments()
         encode = jax.jit(lambda model, images: model.encode(images, self._dtype()))
         for images in self._parts():
-            posterior = encode(model, images)
-            moments.add(np.asarray(posterior.mean), np.exp(np.asarray(posterior.logvar)))
+            posterior = fetch(encode(model, images))
+            moments.add(posterior.mean, np.exp(posterior.logvar))
         moments.into(model.fae.latents)
 
     def given(self, mesh: Mesh) -> Mapping[str, nnx.State]:
