@@ -105,7 +105,7 @@ def load_parameters(
     graphdef, abstract, others = nnx.split(nnx.eval_shape(make_model), nnx.Param, ...)
     stored = stored_tree(weights)
     if mesh is None:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: device, abstract)
     else:
         shardings = rules.shardings(abstract, mesh)

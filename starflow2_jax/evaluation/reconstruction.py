@@ -3,7 +3,7 @@
 Letters: B images, H, W pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,6 +22,23 @@ Distance = Callable[[np.ndarray, np.ndarray], float]
 def _passed(model: FeatureFAE, images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     posterior = model.encode(images, jnp.dtype("float32"))
     return model.fae.decode(posterior.mean), posterior.mean, posterior.logvar
+
+
+def _in_parts(
+    model: FeatureFAE, images: np.ndarray, rows: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """uint8 reconstructions, means and log-variances, part after part; a short one is filled up."""
+    for start in range(0, len(images), rows):
+        part = images[start : start + rows]
+        found = _passed(model, np.resize(part, (rows, *part.shape[1:])))
+        pixels, mean, logvar = (np.asarray(a)[: len(part)] for a in found)
+        yield np.round(np.clip(pixels, 0.0, 1.0) * 255.0).astype(np.uint8), mean, logvar
+
+
+def reconstructed(model: FeatureFAE, images: np.ndarray, rows: int = 64) -> np.ndarray:
+    """uint8 [B, H, W, channels] -> what the posterior's mean decodes to, the same."""
+    rows = min(rows, len(images))
+    return np.concatenate([levels for levels, _, _ in _in_parts(model, images, rows)])
 
 
 def measure_reconstruction(
@@ -50,13 +67,10 @@ def measure_reconstruction(
             "measuring SSIM needs scikit-image: pip install 'starflow2-jax[demo]'"
         ) from error
     made, means, noises = [], Moments(), Moments()
-    for start in range(0, len(images), rows):
-        part = images[start : start + rows]
-        pixels, mean, logvar = _passed(model, np.resize(part, (rows, *part.shape[1:])))
-        levels = np.round(np.clip(np.asarray(pixels), 0.0, 1.0) * 255.0).astype(np.uint8)
-        made.append(levels[: len(part)])
-        means.add(np.asarray(mean)[: len(part)])
-        noises.add(np.exp(np.asarray(logvar)[: len(part)]))
+    for levels, mean, logvar in _in_parts(model, images, rows):
+        made.append(levels)
+        means.add(mean)
+        noises.add(np.exp(logvar))
     shown = np.concatenate(made)
     pairs = list(zip(images, shown, strict=True))
     similarity = {"channel_axis": -1, "gaussian_weights": True, "use_sample_covariance": False}
