@@ -439,6 +439,24 @@ def test_checksum_by_parts(monkeypatch):
     assert checksum(tree) == expected
 
 
+def test_the_best_step_stays(tmp_path):
+    state = {"w": jnp.arange(3.0)}
+    losses = {1: 3.0, 2: 1.5, 3: float("nan"), 4: 2.0, 5: None}
+    for steps in ((1, 2, 3), (4, 5)):  # the second time, the first ones' losses are read again
+        with Checkpoints(tmp_path, keep_last=1, best_by="loss") as checkpoints:
+            for step in steps:
+                measured = {} if losses[step] is None else {"loss": losses[step]}
+                checkpoints.save(step, state, measured=measured)
+            assert checkpoints.steps() == [2, steps[-1]]
+            assert checkpoints.best() == 2
+    with Checkpoints(tmp_path, keep_last=1, best_by="loss") as checkpoints:
+        checkpoints.save(6, state, measured={"loss": 1.0})
+        assert checkpoints.steps() == [6] and checkpoints.best() == 6
+    with Checkpoints(tmp_path / "none", best_by="loss") as checkpoints:
+        checkpoints.save(1, state)
+        assert checkpoints.best() is None
+
+
 def test_ambiguous_trees_are_refused():
     with pytest.raises(ValueError):
         checksum({1: jnp.zeros(1), "1": jnp.zeros(1)})

@@ -56,9 +56,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: bad config or work directory.
         Interrupted: stopped from outside, state saved.
     """
-    given = [
-        f"--config.{name}={value}" for name in ("vlm", "fae") if (value := getattr(args, name))
-    ]
+    given = [(name, getattr(args, name)) for name in ("vlm", "fae") if getattr(args, name)]
     config, module = load_config(args.config, [*args.overrides, *given])
     import jax
 

@@ -5,11 +5,12 @@ Letters: B images, H = W = size.
 """
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -86,6 +87,11 @@ class _Unreadable:
                 print(f"starflow2: note: left out: {error}", file=sys.stderr, flush=True)
 
 
+def _permuted(count: int, rng: np.random.Generator) -> Iterator[int]:
+    """All indices in random order; draws nothing before the first is asked for."""
+    yield from rng.permutation(count).tolist()
+
+
 class _SomeRows(grain.MapDataset):
     """Of each `rows` elements, those from `start` to `stop`."""
 
@@ -145,8 +151,8 @@ class ImageFolder:
     ) -> grain.IterDataset:
         """An endless stream of shuffled batches; batch i depends on seed, rows and i alone.
 
-        A file that cannot be read is named once on stderr, and counted in `unreadable`; the next
-        one that can be stands in for it.
+        A file that cannot be read is named once on stderr, and counted in `unreadable`; a
+        random one that can be stands in for it, so that the other rows keep their places.
 
         Args:
             rows: B.
@@ -161,7 +167,7 @@ class ImageFolder:
         """
 
         def load(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-            index, image = self._readable(index)
+            index, image = self._readable(index, rng)
             return {
                 "images": image if augment is None else augment(image, rng),
                 "labels": self.labels[index],
@@ -177,10 +183,9 @@ class ImageFolder:
             batches = batches.map(place)
         return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=4)
 
-    def _readable(self, index: int) -> tuple[int, np.ndarray]:
-        """The first image that can be read, from `index` on; and its index."""
-        for step in range(len(self)):
-            at = (index + step) % len(self)
+    def _readable(self, index: int, rng: np.random.Generator) -> tuple[int, np.ndarray]:
+        """This image, or, where it cannot be read, a random one that can; and its index."""
+        for at in itertools.chain([index], _permuted(len(self), rng)):
             try:
                 return at, self.read(at)
             except UserError as error:
