@@ -1,10 +1,8 @@
 """The paper's model: 3.6 B trainable parameters on a frozen Qwen2.5-VL-7B, at 256 x 256.
 
     starflow2 plan --config configs/starflow2_7b.py --topology v5p:4x4x4
-    starflow2 train --config configs/starflow2_7b.py --workdir DIR --config.topology=v5p:4x4x4 \
-        --config.vlm=QWEN_DIR --config.data.latents=...
 
-What it needs on each topology, and how the settings below were chosen: docs/scale.md.
+`--config.topology=v5p:4x4x4` gives a run the settings that were planned, too. What it needs on each topology, and how the settings below were chosen: docs/scale.md.
 """
 
 import dataclasses
@@ -13,7 +11,8 @@ import pathlib
 import jax.numpy as jnp
 import ml_collections
 
-from starflow2_jax.data.sequences import ImageShape
+from starflow2_jax.data.batches import Documents
+from starflow2_jax.errors import UserError
 from starflow2_jax.models.latents import LatentCodec
 from starflow2_jax.models.pretzel import PretzelConfig, starflow2_3_6b
 from starflow2_jax.models.qwen2_5_vl import qwen2_5_vl_tiny
@@ -53,25 +52,19 @@ def get_config() -> ml_collections.ConfigDict:
     config.stages.text_to_image = group(
         dict(
             batch=dict(rows=1024, length=512, images=1, prefix=128),
-            optimizer=dict(
-                steps=780_000, learning_rate=1e-4, warmup=10_000, ema=0.9999
-            ),
+            optimizer=dict(steps=780_000, learning_rate=1e-4, warmup=10_000, ema=0.9999),
         )
     )
     config.stages.image_to_text = group(
         dict(
             batch=dict(rows=1024, length=1024, images=3, targets=256),
-            optimizer=dict(
-                steps=65_000, learning_rate=1e-4, warmup=2_000, ema=0.9999
-            ),
+            optimizer=dict(steps=65_000, learning_rate=1e-4, warmup=2_000, ema=0.9999),
         )
     )
     config.stages.joint = group(
         dict(
             batch=dict(rows=1024, length=1024, images=3, targets=256),
-            optimizer=dict(
-                steps=26_000, learning_rate=3e-5, warmup=2_000, ema=0.9999
-            ),
+            optimizer=dict(steps=26_000, learning_rate=3e-5, warmup=2_000, ema=0.9999),
         )
     )
     config.sample = group(dict(rows=64, positions=1024))
@@ -116,9 +109,25 @@ def make_model_config(config: ml_collections.ConfigDict) -> PretzelConfig:
     )
 
 
+class Unread:
+    """Latents of which only the shapes are known: what `starflow2 plan` needs of the data."""
+
+    tokenizer = None
+    image = None
+
+    def __init__(self, codec: LatentCodec) -> None:
+        self.codec = codec
+
+    def documents(self, stage: str, held_out: bool, seed: int) -> Documents:
+        raise UserError(
+            f"stage {stage} has no data: this config says what a run costs; to train, give "
+            "make_task a data.mixture.MixtureData of your sources"
+        )
+
+
 def make_task(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> PretzelTask:
     del workdir
     model = make_model_config(config)
     channels, tokens = model.flow.channels, model.flow.tokens
     codec = LatentCodec(jnp.zeros(channels), jnp.ones(channels), tokens, config.noise_std)
-    return PretzelTask(config, Latents(codec), model, draw_samples=None)
+    return PretzelTask(config, Unread(codec), model, draw_samples=None)
