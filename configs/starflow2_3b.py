@@ -1,131 +1,49 @@
-"""About 1 B trainable parameters on a frozen Qwen2.5-VL-3B, at 256 x 256.
+"""About 1 B trainable parameters on a frozen Qwen2.5-VL-3B, at 256 x 256; else as starflow2_7b.py.
 
-    starflow2 plan --config configs/starflow2_3b.py --topology v5p:4x4x4
-
-`--config.topology=v5p:4x4x4` gives a run the settings that were planned, too. What it needs on each topology, and how the settings below were chosen: docs/scale.md.
+starflow2 plan --config configs/starflow2_3b.py --topology v5e:8x8
 """
 
 import dataclasses
+import importlib.util
 import pathlib
 
-import jax.numpy as jnp
 import ml_collections
 
-from starflow2_jax.data.batches import Documents
-from starflow2_jax.errors import UserError
-from starflow2_jax.models.latents import LatentCodec
 from starflow2_jax.models.pretzel import PretzelConfig, starflow2_3_6b
-from starflow2_jax.models.qwen2_5_vl import qwen2_5_vl_3b, qwen2_5_vl_tiny
+from starflow2_jax.models.qwen2_5_vl import qwen2_5_vl_3b
 from starflow2_jax.training.pretzel import PretzelTask
 
-# Topology -> mesh axes, and how many parts a batch of each stage runs in. "2x" is slices.
+_spec = importlib.util.spec_from_file_location(
+    "starflow2_7b", pathlib.Path(__file__).with_name("starflow2_7b.py")
+)
+larger = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(larger)
+
+get_config, smoke = larger.get_config, larger.smoke
+
+# See starflow2_7b.py.
 TOPOLOGIES = {
-    "v5e:8x8": (dict(fsdp=16, columns=4), dict(image_to_text=4, joint=4)),
-    "v6e:8x8": (dict(fsdp=16, columns=4), dict(image_to_text=2, joint=2)),
-    "v5p:2x2x4": (dict(fsdp=16), dict(image_to_text=2, joint=2)),
+    "v5e:8x8": (dict(fsdp=8, columns=8), dict(image_to_text=4, joint=4)),
+    "v6e:8x8": (dict(fsdp=8, columns=8), dict(image_to_text=2, joint=2)),
     "v6e:2x2": (dict(fsdp=4), {}),
     "h100:2x8": (dict(fsdp=16), dict(text_to_image=2, image_to_text=4, joint=4)),
 }
 
 
-def get_config() -> ml_collections.ConfigDict:
-    group = ml_collections.ConfigDict
-    config = group()
-    config.smoke = False
-    config.seed = 0
-    config.cpu_devices = None
-    config.topology = ""  # of TOPOLOGIES; its settings are the defaults of what follows
-    config.slices = 1
-    config.mesh = group(dict(data=1, fsdp=-1, columns=1, tensor=1, sequence=1))
-    config.remat = "products"
-    config.dtype = "bfloat16"
-    config.noise_std = 0.3  # on the normalised latents
-    config.log_every = 10
-    config.log_seconds = 30.0
-    config.stages = group()
-    # Samples and learning rates as in `starflow2_7b.py`. Rows of stage 1: 128 positions of text, 256 of one image, padded to 512;
-    # of the other stages: packed.
-    config.stages.text_to_image = group(
-        dict(
-            batch=dict(rows=1024, length=512, images=1, prefix=128),
-            optimizer=dict(steps=780_000, learning_rate=1e-4, warmup=10_000, ema=0.9999),
-        )
-    )
-    config.stages.image_to_text = group(
-        dict(
-            batch=dict(rows=1024, length=1024, images=3, targets=256),
-            optimizer=dict(steps=65_000, learning_rate=1e-4, warmup=2_000, ema=0.9999),
-        )
-    )
-    config.stages.joint = group(
-        dict(
-            batch=dict(rows=1024, length=1024, images=3, targets=256),
-            optimizer=dict(steps=26_000, learning_rate=3e-5, warmup=2_000, ema=0.9999),
-        )
-    )
-    config.sample = group(dict(rows=64, positions=1024))
-    config.checkpoint = group(dict(every=1000, keep_last=3))
-    config.evaluation = group(dict(every=1000, batches=8, samples=16))
-    return config
-
-
-def smoke(config: ml_collections.ConfigDict) -> None:
-    """The same code at tiny sizes."""
-    for stage in config.stages.values():
-        stage.batch.rows = 8
-        stage.optimizer.update(steps=2, warmup=1)
-    config.stages.text_to_image.batch.update(length=128, prefix=64)
-    for name in ("image_to_text", "joint"):
-        config.stages[name].batch.update(length=128, targets=64)
-    config.sample.update(rows=8, positions=128)
-
-
 def for_topology(config: ml_collections.ConfigDict) -> None:
-    """The settings of `config.topology`, as far as there are any."""
-    slices = f"{config.slices}x" if config.slices > 1 else ""
-    mesh, parts = TOPOLOGIES.get(f"{slices}{config.topology}", ({}, {}))
-    config.mesh.update(mesh)
-    for name, count in parts.items():
-        config.stages[name].optimizer.accumulate = count
+    larger.apply(config, TOPOLOGIES)
 
 
 def make_model_config(config: ml_collections.ConfigDict) -> PretzelConfig:
-    whole = starflow2_3_6b()
-    # 20 layers of width 2048: 1.0 B.
-    vlm = qwen2_5_vl_3b()
-    flow = dataclasses.replace(whole.flow, width=2048, deep_layers=14, shallow_layers=(3, 3))
-    if config.smoke:
-        vlm = qwen2_5_vl_tiny(vlm.vocab_size)
-        flow = dataclasses.replace(
-            flow, side=4, width=64, head_dim=32, deep_layers=2, shallow_layers=(1, 1)
-        )
-    return dataclasses.replace(
-        whole,
-        vlm=dataclasses.replace(vlm, remat=config.remat),
-        flow=dataclasses.replace(flow, remat=config.remat),
-        dtype=config.dtype,
+    # 20 layers of width 2048.
+    flow = dataclasses.replace(
+        starflow2_3_6b().flow, width=2048, deep_layers=14, shallow_layers=(3, 3)
     )
-
-
-class Unread:
-    """Latents of which only the shapes are known: what `starflow2 plan` needs of the data."""
-
-    tokenizer = None
-    image = None
-
-    def __init__(self, codec: LatentCodec) -> None:
-        self.codec = codec
-
-    def documents(self, stage: str, held_out: bool, seed: int) -> Documents:
-        raise UserError(
-            f"stage {stage} has no data: this config says what a run costs; to train, give "
-            "make_task a data.mixture.MixtureData of your sources"
-        )
+    return larger.with_remat(
+        dataclasses.replace(starflow2_3_6b(), vlm=qwen2_5_vl_3b(), flow=flow), config
+    )
 
 
 def make_task(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> PretzelTask:
     del workdir
-    model = make_model_config(config)
-    channels, tokens = model.flow.channels, model.flow.tokens
-    codec = LatentCodec(jnp.zeros(channels), jnp.ones(channels), tokens, config.noise_std)
-    return PretzelTask(config, Unread(codec), model, draw_samples=None)
+    return larger.task_of(config, make_model_config(config))
