@@ -55,19 +55,25 @@ def get_config() -> ml_collections.ConfigDict:
     config.stages.text_to_image = group(
         dict(
             batch=dict(rows=1024, length=512, images=1, prefix=128),
-            optimizer=dict(steps=780_000, learning_rate=1e-4, warmup=10_000, ema=0.9999),
+            optimizer=dict(
+                steps=780_000, learning_rate=1e-4, warmup=10_000, ema=0.9999, accumulate=1
+            ),
         )
     )
     config.stages.image_to_text = group(
         dict(
             batch=dict(rows=1024, length=1024, images=3, targets=256),
-            optimizer=dict(steps=65_000, learning_rate=1e-4, warmup=2_000, ema=0.9999),
+            optimizer=dict(
+                steps=65_000, learning_rate=1e-4, warmup=2_000, ema=0.9999, accumulate=1
+            ),
         )
     )
     config.stages.joint = group(
         dict(
             batch=dict(rows=1024, length=1024, images=3, targets=256),
-            optimizer=dict(steps=26_000, learning_rate=3e-5, warmup=2_000, ema=0.9999),
+            optimizer=dict(
+                steps=26_000, learning_rate=3e-5, warmup=2_000, ema=0.9999, accumulate=1
+            ),
         )
     )
     config.sample = group(dict(rows=64, positions=1024))
