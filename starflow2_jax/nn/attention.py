@@ -261,15 +261,12 @@ def _attend_by_splash(
 
 def _attend_by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> jax.Array:
     """`attend` without a past by cuDNN."""
-    if spec.segments is not None:
-        raise ValueError(
-            "cuDNN attention knows no segments, and would ignore them: on GPUs a row holds one "
-            "document, with its length"
-        )
+    if spec.segments is not None and spec.lengths is not None:
+        raise ValueError("cuDNN attention takes segments or lengths, not both")
     if partition.axis_extent("length") > 1:
         raise ValueError("cuDNN attention wants whole rows on a device: sequence=1 in the mesh")
     q = q if spec.temperature is None else _scaled(q, spec) * math.sqrt(q.shape[-1])
-    return attention_kernels.cudnn(q, k, v, spec.lengths, spec.causal)
+    return attention_kernels.cudnn(q, k, v, spec.lengths, spec.segments, spec.causal)
 
 
 def _scaled(q: jax.Array, spec: AttentionSpec) -> jax.Array:

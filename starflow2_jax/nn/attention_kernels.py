@@ -3,6 +3,8 @@
 `nn.attention` chooses them. Letters: B rows, T positions, K kv heads, G query heads per kv head, d.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -18,7 +20,8 @@ SPLASH_LANES = 128
 SPLASH_BLOCK = 512
 """Positions of a block of scores, at most."""
 SPLASH_HEAD_DIMS = (64, 128)
-CUDNN_HEAD_DIMS = (64, 128)
+CUDNN_SEGMENTS = 32
+"""Segments of a row, at most, that cuDNN is told of."""
 RESIDUALS = "attention"
 """Name of what a kernel's backward pass needs, for rematerialisation policies."""
 
@@ -104,25 +107,41 @@ def splash(
 
 
 def cudnn(
-    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, causal: bool
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array | None,
+    segments: jax.Array | None,
+    causal: bool,
 ) -> jax.Array:
-    """cuDNN's fused attention.
+    """cuDNN's fused attention, on each device for its own rows and heads.
 
     Args:
         q: [B, T, K, G, d], not scaled.
-        k, v: [B, S, K, d].
+        k, v: [B, T, K, d].
         lengths: int32 [B], real positions of each row, or None.
+        segments: int32 [B, T], ascending, then 0; a position sees its own segment. None: one. Not
+            together with lengths. A row that they are not in order in, or with more than
+            `CUDNN_SEGMENTS`, is NaN: cuDNN would see something else.
         causal: position q sees k <= q only.
 
     Returns:
         [B, T, K, G, d] in q's dtype.
     """
-    rows, size, kv_heads, groups, d = q.shape
 
-    def here(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None) -> jax.Array:
-        b, t, kv, g, _ = q.shape
+    def here(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        lengths: jax.Array | None,
+        segments: jax.Array | None,
+    ) -> jax.Array:
+        b, t, kv_heads, groups, d = q.shape
+        heads = q.reshape(b, t, kv_heads * groups, d)
+        if segments is not None:
+            return _cudnn_packed(heads, k, v, segments, causal).reshape(q.shape)
         mixed = jax.nn.dot_product_attention(
-            q.reshape(b, t, kv * g, d),
+            heads,
             k,
             v,
             is_causal=causal,
@@ -134,6 +153,56 @@ def cudnn(
 
     names = ("batch", None, "heads", None, None)
     mixed = partition.on_each_device(
-        here, (q, k, v, lengths), (names, names[:4], names[:4], names[:1]), names
+        here,
+        (q, k, v, lengths, segments),
+        (names, names[:4], names[:4], names[:1], names[:2]),
+        names,
     )
     return checkpoint_name(mixed, RESIDUALS)
+
+
+def packed_offsets(segments: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Where the runs of equal ids of each row begin, and how long they are.
+
+    Args:
+        segments: int32 [B, T].
+        most: runs that there is room for, M.
+
+    Returns:
+        int32 [B, M + 1] first positions and int32 [B, M] lengths, -1 behind the last run; bool [B],
+        whether there is room, and the ids ascend up to the zeros at the end.
+    """
+    size = segments.shape[1]
+    index = jnp.arange(size, dtype=jnp.int32)
+    before = jnp.pad(segments, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    new = segments != before
+    first = jnp.sort(jnp.where(new, index, size), axis=1)
+    first = jnp.pad(first, ((0, 0), (0, max(0, most + 1 - size))), constant_values=size)
+    first = first[:, : most + 1]
+    lengths = jnp.where(first[:, :-1] < size, first[:, 1:] - first[:, :-1], -1)
+    ordered = ((segments >= before) | (segments == 0)).all(1)
+    padding_last = ~((before[:, 1:] == 0) & (segments[:, 1:] != 0)).any(1)
+    good = (first[:, -1] == size) & ordered & padding_last
+    return jnp.where(first < size, first, -1), lengths, good
+
+
+def _cudnn_packed(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, causal: bool
+) -> jax.Array:
+    """Rows of several segments [B, T, H, d], by the offsets of the segments."""
+    # jax.nn has no argument for them.
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    offsets, lengths, good = packed_offsets(segments, CUDNN_SEGMENTS)
+    mixed = dot_product_attention(
+        q,
+        k,
+        v,
+        q_seqlen=lengths,
+        kv_seqlen=lengths,
+        q_offsets=offsets,
+        kv_offsets=offsets,
+        scale=1.0 / math.sqrt(q.shape[-1]),
+        mask_type=MaskType.PADDING_CAUSAL if causal else MaskType.PADDING,
+    )
+    return jnp.where(good[:, None, None, None], mixed, jnp.nan)

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -231,6 +230,7 @@ def devices(topology: Topology) -> list[Any]:
     shape = "x".join(map(str, topology.shape))
     try:
         if topology.chip.platform == "cuda":
+            _pretend_hopper()
             found = topologies.get_topology_desc(
                 platform="cuda", topology=f"{shape}x1", target_config=_GPU_TARGETS[topology.kind]
             )
@@ -253,9 +253,8 @@ def devices(topology: Topology) -> list[Any]:
     return list(found.devices)
 
 
-def version(package: str) -> str:
-    """Of an installed package, or "none"."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
+def _pretend_hopper() -> None:
+    """JAX asks the GPU that is here what it can do, where it should ask the one compiled for."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    fused_attention_stablehlo.check_compute_capability = lambda capability: True
