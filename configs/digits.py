@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.mesh = group(dict(data=-1, fsdp=1, tensor=1, sequence=1))
     config.log_every = 10
     config.log_seconds = 10.0
-    config.data = group(dict(patch=4, smooth=2, copies=16, raw_share=0.5))
+    config.data = group(dict(patch=4, copies=16, raw_share=0.5))
     config.language_model = group(dict(width=128, layers=3, head_dim=32, mlp_width=384))
     config.flow = group(dict(width=128, head_dim=32, deep_layers=6, shallow_layers=(2, 2)))
     config.stages = group()

@@ -32,8 +32,8 @@ from starflow2_jax.training.checkpoint import load_tree, save_tree
 
 MODEL_FILE = "model.json"
 FAE_FOLDER = "fae"
-FORMAT_VERSION = 2
-CODEC_ARRAYS = ("order", "basis", "waves", "divisors")
+FORMAT_VERSION = 1
+CODEC_ARRAYS = ("order", "basis", "divisors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +125,7 @@ def load_bundle(folder: pathlib.Path) -> Bundle:
         wanted["codec"] = {
             "order": jax.ShapeDtypeStruct((patches * values,), jnp.int32),
             "basis": jax.ShapeDtypeStruct((values, values), jnp.float32),
-            "waves": jax.ShapeDtypeStruct((values, patches, patches), jnp.float32),
-            "divisors": jax.ShapeDtypeStruct((values, patches), jnp.float32),
+            "divisors": jax.ShapeDtypeStruct((patches, values), jnp.float32),
         }
     arrays, _ = load_tree(folder / "weights", jax.tree.map(_on_default_device, wanted))
     nnx.replace_by_pure_dict(abstract, arrays["model"])
