@@ -158,6 +158,13 @@ def test_topologies():
     assert all(chip.source for chip in topology.CHIPS.values())
 
 
+def test_peaks_of_devices_by_what_they_call_themselves():
+    peak = topology.device_peak_flops
+    assert (peak("TPU v5 lite"), peak("TPU v5"), peak("TPU7x")) == (197e12, 459e12, 1153.5e12)
+    assert peak("NVIDIA H100 80GB HBM3") == topology.CHIPS["h100"].flops
+    assert peak("cpu") is None
+
+
 def test_without_a_compiler_a_line_says_what_to_install(capsys):
     command = ["plan", "--config", str(ROOT / "configs/starflow2_7b.py"), "--topology", "h100:4x8"]
     assert main(command) == 2

@@ -63,13 +63,14 @@ def run(args: argparse.Namespace) -> None:
     from starflow2_jax.data.batches import skipped_log
     from starflow2_jax.parallel.cpu import claim_devices
     from starflow2_jax.parallel.distributed import join_job
+    from starflow2_jax.planning.topology import device_peak_flops
     from starflow2_jax.training import loop
 
     claim_devices(config.get("cpu_devices"))
     join_job()
     workdir = claim_workdir(args.workdir, config)
     with skipped_log(workdir / f"skipped_records_{jax.process_index()}.log"):
-        loop.run(config, module, workdir)
+        loop.run(config, module, workdir, device_peak_flops(jax.devices()[0].device_kind))
     report = getattr(module, "report", None)
     if report is None:
         return

@@ -161,6 +161,27 @@ class Topology:
         return self.chips // self.slices * self.chip.cores
 
 
+# How devices call themselves, from the longest name to the shortest.
+_DEVICE_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v6 lite": "v6e",
+    "TPU v5": "v5p",
+    "TPU7x": "tpu7x",
+    "NVIDIA H100": "h100",
+}
+
+
+def device_peak_flops(device_kind: str) -> float | None:
+    """FLOP/s in bfloat16 of one device that calls itself so (`jax.Device.device_kind`).
+
+    A chip may be several devices. None: the table does not have it.
+    """
+    for name, kind in _DEVICE_KINDS.items():
+        if device_kind.startswith(name):
+            return CHIPS[kind].per_device().flops
+    return None
+
+
 def parse(name: str, slices: int = 1) -> Topology:
     """A topology by name.
 
