@@ -35,6 +35,7 @@ _SPACE = re.compile(r"S\((\d+)\)")
 _TILED = re.compile(r"\{([\d,]+):T\(([\d,]+)\)")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
+_END = re.compile(r'^\}(, execution_thread="[^"]*")?$')
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 _NAME = re.compile(r"%([\w.\-]+)")
 
@@ -226,7 +227,7 @@ def _lines(text: str) -> Iterator[str]:
     for line in text.splitlines():
         if not line:
             continue
-        new = _INSTRUCTION.match(line) or line == "}" or _HEADER.match(line) or not held
+        new = _INSTRUCTION.match(line) or _END.match(line) or _HEADER.match(line) or not held
         if new:
             if held:
                 yield held
@@ -250,7 +251,7 @@ def parse(text: str) -> Module:
         header = _HEADER.match(line)
         if header:
             name, body, is_entry = header.group(2), [], bool(header.group(1))
-        elif line == "}" and name:
+        elif _END.match(line) and name:
             computations[name] = Computation(name, body)
             entry = computations[name] if is_entry else entry
             name = ""
