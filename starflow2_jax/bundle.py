@@ -73,15 +73,30 @@ def save_bundle(folder: pathlib.Path, bundle: Bundle) -> None:
     write_json(folder / MODEL_FILE, record)
 
 
+def _description(folder: pathlib.Path) -> pathlib.Path:
+    """The `model.json` of a model directory or of a finished run's, there or not."""
+    if not (folder / MODEL_FILE).is_file() and (folder / "model" / MODEL_FILE).is_file():
+        folder = folder / "model"
+    return folder / MODEL_FILE
+
+
+def is_bundle(folder: pathlib.Path) -> bool:
+    """Whether a folder is a model of this kind, or a finished run's: one that draws."""
+    try:
+        record = json.loads(_description(folder).read_text(encoding="utf-8"))
+        return "flow" in record["model"] and "special" in record["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def load_bundle(folder: pathlib.Path) -> Bundle:
     """Reads a model directory, or the work directory of a finished run.
 
     Raises:
         UserError: it is neither, or damaged.
     """
-    if not (folder / MODEL_FILE).is_file() and (folder / "model" / MODEL_FILE).is_file():
-        folder = folder / "model"
-    path = folder / MODEL_FILE
+    path = _description(folder)
+    folder = path.parent
     if not path.is_file():
         raise UserError(f"{folder}: no {MODEL_FILE}; expected a model or a finished run's workdir")
     try:

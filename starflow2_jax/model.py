@@ -13,7 +13,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +29,15 @@ from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.parallel.distributed import fetch
 from starflow2_jax.sampling import display, generate
 from starflow2_jax.sampling import jacobi as parallel
+from starflow2_jax.sampling.engine import EngineConfig
 from starflow2_jax.sampling.generate import Output
 from starflow2_jax.sampling.jacobi import JacobiConfig
 from starflow2_jax.sampling.prompts import Image, Row
 from starflow2_jax.sampling.state import RowSettings, row_settings
+from starflow2_jax.sampling.text import TextPieces
+
+if TYPE_CHECKING:
+    from starflow2_jax.service import Chat
 
 Conversation = Sequence[Turn]
 
@@ -172,7 +177,7 @@ class Model:
         for piece in out.pieces:
             if isinstance(piece, Image):
                 parts.append(next(pixels))
-            elif text := self._text(piece.tokens):
+            elif text := self.text(piece.tokens):
                 parts.append(text)
         return tuple(parts)
 
@@ -188,28 +193,29 @@ class Model:
         """Yields the reply to one conversation as it comes: pieces of text, then images."""
         rows = self._rows([prompt], draw)
         options = self._options([0], sampling, context)
-        written: list[int] = []
-        shown = ""
-
-        def unseen() -> str:
-            text = self._text(written)
-            return text[len(shown) :] if text.startswith(shown) else ""
-
+        text = TextPieces(self.text)
         for event in generate.stream(self.pretzel, rows, jacobi=jacobi, **options):
             if isinstance(event, generate.TextEvent):
-                written += event.tokens
-                more = unseen()
-                # Bytes of one character may come in several tokens: show what is complete.
-                if more and not more.endswith("\ufffd"):
+                if more := text.more(event.tokens):
                     yield more
-                    shown += more
-            elif isinstance(event, generate.ImageEvent):
-                if more := unseen():
+            else:
+                if more := text.end():
                     yield more
-                yield self.pixels(event.u[None], jacobi)[0]
-                written, shown = [], ""
-        if more := unseen():
-            yield more
+                if isinstance(event, generate.ImageEvent):
+                    yield self.pixels(event.u[None], jacobi)[0]
+
+    def chat(self, sampling: Sampling = Sampling(), *, context: int = 1024) -> "Chat":
+        """A conversation that keeps its caches from turn to turn.
+
+        Args:
+            sampling: of every reply.
+            context: most positions of the conversation.
+        """
+        from starflow2_jax.service import Chat, Service  # which is made of models
+
+        most = int(np.max(sampling.max_images))
+        config = EngineConfig(rows=1, context=context, images=max(1, most), chunk=32, steps=1)
+        return Chat(Service(self, config), sampling)
 
     def log_prob(
         self,
@@ -295,7 +301,12 @@ class Model:
         numbers = np.resize(np.asarray(seeds, np.uint32), count)
         return fetch(_latents(self.pretzel, self.bundle.codec, padded, numbers))[: len(images)]
 
-    def _text(self, tokens: Sequence[int]) -> str:
+    def reading_seeds(self, images: int) -> np.ndarray:
+        """Seeds uint32 [images] of the noise of a prompt's images, in order."""
+        return _image_seeds(0, images)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Token ids to text, without special tokens and outer blanks."""
         return self.tokenizer.decode(tokens).strip(" ")
 
     def _places(self, documents: Sequence[Document]) -> int:

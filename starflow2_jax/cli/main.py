@@ -11,11 +11,17 @@ import traceback
 from collections.abc import Sequence
 
 import starflow2_jax
-from starflow2_jax.cli import chat, convert, evaluate, train
+from starflow2_jax.cli import chat, convert, evaluate, sample, train
 from starflow2_jax.cli.config import split_overrides
 from starflow2_jax.errors import Interrupted, UserError
 
-COMMANDS = {"train": train, "evaluate": evaluate, "convert": convert, "chat": chat}
+COMMANDS = {
+    "train": train,
+    "sample": sample,
+    "evaluate": evaluate,
+    "convert": convert,
+    "chat": chat,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
