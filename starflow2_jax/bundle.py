@@ -28,7 +28,9 @@ from starflow2_jax.models.patches import PatchCodec
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, SpecialTokens
 from starflow2_jax.parallel.distributed import fetch
 from starflow2_jax.provenance import write_json
-from starflow2_jax.training.checkpoint import load_tree, save_tree
+from starflow2_jax.training.checkpoint import checksum, load_tree, save_tree
+
+__all__ = ["Bundle", "checksum", "config_from_json", "load_bundle", "save_bundle"]
 
 MODEL_FILE = "model.json"
 FAE_FOLDER = "fae"
@@ -146,5 +148,5 @@ def load_bundle(folder: pathlib.Path) -> Bundle:
 
 
 def _on_default_device(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -103,6 +103,19 @@ class Scores:
     text: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class DrawScores:
+    """Log-probabilities of one conversation under each of S draws of the images' noise, nats.
+
+    Attributes:
+        images: float64 [S, I], log p(latents of image i | all before it).
+        text: float64 [S, tokens], log p of the assistant's text tokens, in order.
+    """
+
+    images: np.ndarray
+    text: np.ndarray
+
+
 def load(folder: str | os.PathLike[str]) -> "Model":
     """Loads a model directory, or the work directory of a finished run.
 
@@ -225,6 +238,21 @@ class Model:
         Raises:
             UserError: special tokens in a text, an image of another size.
         """
+        scores = []
+        for one in self.score_draws(conversations, seeds=seeds, draws=draws, rows=rows):
+            images, text = one.images.mean(0), one.text.mean(0)
+            scores.append(Scores(images, np.asarray(self.bundle.codec.bits_per_dim(images)), text))
+        return scores
+
+    def score_draws(
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        seeds: Sequence[int] | None = None,
+        draws: int = 1,
+        rows: int = 256,
+    ) -> list[DrawScores]:
+        """Like `log_prob`, with every draw apart."""
         documents = [
             encode_turns(turns, self.tokenizer, self.bundle.image, where=f"conversation {i}")
             for i, turns in enumerate(conversations)
@@ -243,19 +271,14 @@ class Model:
         for start in range(0, len(documents), shape.rows):
             part = documents[start : start + shape.rows]
             batch = single_batch(part, shape, tower)
-            image_total, text_total = 0.0, 0.0
             for row, seed in enumerate(seeds[start : start + shape.rows]):
                 batch["image_seeds"][row] = _image_seeds(seed, most)
-            for draw in range(draws):
-                images, text = _score(self.pretzel, self.bundle.codec, batch, draw)
-                image_total = image_total + np.asarray(images, np.float64) / draws
-                text_total = text_total + np.asarray(text, np.float64) / draws
-            bits = np.asarray(self.bundle.codec.bits_per_dim(image_total))
+            found = [_score(self.pretzel, self.bundle.codec, batch, draw) for draw in range(draws)]
+            images, text = (np.stack(s).astype(np.float64) for s in zip(*found, strict=True))
             for row, document in enumerate(part):
-                count = len(document.images)
                 loss = np.flatnonzero(document.text_loss)
                 scores.append(
-                    Scores(image_total[row, :count], bits[row, :count], text_total[row, loss])
+                    DrawScores(images[:, row, : len(document.images)], text[:, row, loss])
                 )
         return scores
 

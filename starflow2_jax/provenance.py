@@ -121,7 +121,16 @@ def git_revision() -> str | None:
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
-    """Writes JSON beside `path` and renames it, so that the file is never half there.
+    """Writes JSON; see `write_text`.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: pathlib.Path, content: str) -> None:
+    """Writes a file beside `path` and renames it, so that the file is never half there.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -130,8 +139,7 @@ def write_json(path: pathlib.Path, content: Any) -> None:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=2)
-                file.write("\n")
+                file.write(content)
             # mkstemp makes files that only their owner reads; results are for everybody.
             umask = os.umask(0)
             os.umask(umask)
