@@ -28,11 +28,14 @@ from starflow2_jax.models.patches import PatchCodec
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, SpecialTokens
 from starflow2_jax.parallel.distributed import fetch
 from starflow2_jax.provenance import write_json
-from starflow2_jax.training.checkpoint import load_tree, save_tree
+from starflow2_jax.training.checkpoint import checksum, load_tree, save_tree
+
+__all__ = ["Bundle", "checksum", "config_from_json", "load_bundle", "save_bundle"]
 
 MODEL_FILE = "model.json"
 FAE_FOLDER = "fae"
 FORMAT_VERSION = 1
+CODEC_ARRAYS = ("order", "basis", "divisors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +71,7 @@ def save_bundle(folder: pathlib.Path, bundle: Bundle) -> None:
         save_fae(folder / FAE_FOLDER, bundle.codec.model)
         of_codec["fae"] = {"noise_std": bundle.codec.noise_std, "dtype": bundle.codec.dtype}
     else:
-        arrays = ("order", "basis", "divisors")
-        tree["codec"] = fetch({name: getattr(bundle.codec, name) for name in arrays})
+        tree["codec"] = fetch({name: getattr(bundle.codec, name) for name in CODEC_ARRAYS})
     save_tree(folder / "weights", tree, {}, overwrite=True)
     record = {
         "format_version": FORMAT_VERSION,
@@ -82,15 +84,30 @@ def save_bundle(folder: pathlib.Path, bundle: Bundle) -> None:
     write_json(folder / MODEL_FILE, record)
 
 
+def _description(folder: pathlib.Path) -> pathlib.Path:
+    """The `model.json` of a model directory or of a finished run's, there or not."""
+    if not (folder / MODEL_FILE).is_file() and (folder / "model" / MODEL_FILE).is_file():
+        folder = folder / "model"
+    return folder / MODEL_FILE
+
+
+def is_bundle(folder: pathlib.Path) -> bool:
+    """Whether a folder is a model of this kind, or a finished run's: one that draws."""
+    try:
+        record = json.loads(_description(folder).read_text(encoding="utf-8"))
+        return "flow" in record["model"] and "special" in record["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def load_bundle(folder: pathlib.Path) -> Bundle:
     """Reads a model directory, or the work directory of a finished run.
 
     Raises:
         UserError: it is neither, or damaged.
     """
-    if not (folder / MODEL_FILE).is_file() and (folder / "model" / MODEL_FILE).is_file():
-        folder = folder / "model"
-    path = folder / MODEL_FILE
+    path = _description(folder)
+    folder = path.parent
     if not path.is_file():
         raise UserError(f"{folder}: no {MODEL_FILE}; expected a model or a finished run's workdir")
     try:
@@ -131,5 +148,5 @@ def load_bundle(folder: pathlib.Path) -> Bundle:
 
 
 def _on_default_device(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -47,6 +47,15 @@ def model_folder(folder: pathlib.Path) -> pathlib.Path:
     return inside if not (folder / MODEL_FILE).is_file() and inside.is_dir() else folder
 
 
+def is_image_flow(folder: pathlib.Path) -> bool:
+    """Whether a directory says that it is of an image model (a STARFlow2 model has no family)."""
+    try:
+        text = (model_folder(folder) / MODEL_FILE).read_text(encoding="utf-8")
+        return "family" in json.loads(text)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def read_description(folder: pathlib.Path) -> tuple[ImageFlowConfig, dict[str, Any]]:
     """The shape of a directory's model, and all of its `model.json`.
 
@@ -97,7 +106,7 @@ def load_image_flow(folder: pathlib.Path) -> ImageFlow:
     config, _ = read_description(folder)
     folder = model_folder(folder)
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: ImageFlow(config, rngs=nnx.Rngs(0))))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
         nnx.to_pure_dict(abstract),

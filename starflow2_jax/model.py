@@ -13,7 +13,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +30,15 @@ from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.parallel.distributed import fetch
 from starflow2_jax.sampling import display, generate
 from starflow2_jax.sampling import jacobi as parallel
+from starflow2_jax.sampling.engine import EngineConfig
 from starflow2_jax.sampling.generate import Output
 from starflow2_jax.sampling.jacobi import JacobiConfig
 from starflow2_jax.sampling.prompts import Image, Row
 from starflow2_jax.sampling.state import RowSettings, row_settings
+from starflow2_jax.sampling.text import TextPieces
+
+if TYPE_CHECKING:
+    from starflow2_jax.service import Chat
 
 Conversation = Sequence[Turn]
 
@@ -95,6 +100,19 @@ class Scores:
 
     images: np.ndarray
     bits_per_dim: np.ndarray
+    text: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawScores:
+    """Log-probabilities of one conversation under each of S draws of the images' noise, nats.
+
+    Attributes:
+        images: float64 [S, I], log p(latents of image i | all before it).
+        text: float64 [S, tokens], log p of the assistant's text tokens, in order.
+    """
+
+    images: np.ndarray
     text: np.ndarray
 
 
@@ -161,7 +179,7 @@ class Model:
         for piece in out.pieces:
             if isinstance(piece, Image):
                 parts.append(next(pixels))
-            elif text := self._text(piece.tokens):
+            elif text := self.text(piece.tokens):
                 parts.append(text)
         return tuple(parts)
 
@@ -177,28 +195,29 @@ class Model:
         """Yields the reply to one conversation as it comes: pieces of text, then images."""
         rows = self._rows([prompt], draw)
         options = self._options([0], sampling, context)
-        written: list[int] = []
-        shown = ""
-
-        def unseen() -> str:
-            text = self._text(written)
-            return text[len(shown) :] if text.startswith(shown) else ""
-
+        text = TextPieces(self.text)
         for event in generate.stream(self.pretzel, rows, jacobi=jacobi, **options):
             if isinstance(event, generate.TextEvent):
-                written += event.tokens
-                more = unseen()
-                # Bytes of one character may come in several tokens: show what is complete.
-                if more and not more.endswith("\ufffd"):
+                if more := text.more(event.tokens):
                     yield more
-                    shown += more
-            elif isinstance(event, generate.ImageEvent):
-                if more := unseen():
+            else:
+                if more := text.end():
                     yield more
-                yield self.pixels(event.u[None], jacobi)[0]
-                written, shown = [], ""
-        if more := unseen():
-            yield more
+                if isinstance(event, generate.ImageEvent):
+                    yield self.pixels(event.u[None], jacobi)[0]
+
+    def chat(self, sampling: Sampling = Sampling(), *, context: int = 1024) -> "Chat":
+        """A conversation that keeps its caches from turn to turn.
+
+        Args:
+            sampling: of every reply.
+            context: most positions of the conversation.
+        """
+        from starflow2_jax.service import Chat, Service  # which is made of models
+
+        most = int(np.max(sampling.max_images))
+        config = EngineConfig(rows=1, context=context, images=max(1, most), chunk=32, steps=1)
+        return Chat(Service(self, config), sampling)
 
     def log_prob(
         self,
@@ -219,6 +238,21 @@ class Model:
         Raises:
             UserError: special tokens in a text, an image of another size.
         """
+        scores = []
+        for one in self.score_draws(conversations, seeds=seeds, draws=draws, rows=rows):
+            images, text = one.images.mean(0), one.text.mean(0)
+            scores.append(Scores(images, np.asarray(self.bundle.codec.bits_per_dim(images)), text))
+        return scores
+
+    def score_draws(
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        seeds: Sequence[int] | None = None,
+        draws: int = 1,
+        rows: int = 256,
+    ) -> list[DrawScores]:
+        """Like `log_prob`, with every draw apart."""
         documents = [
             encode_turns(turns, self.tokenizer, self.bundle.image, where=f"conversation {i}")
             for i, turns in enumerate(conversations)
@@ -237,19 +271,14 @@ class Model:
         for start in range(0, len(documents), shape.rows):
             part = documents[start : start + shape.rows]
             batch = single_batch(part, shape, tower)
-            image_total, text_total = 0.0, 0.0
             for row, seed in enumerate(seeds[start : start + shape.rows]):
                 batch["image_seeds"][row] = _image_seeds(seed, most)
-            for draw in range(draws):
-                images, text = _score(self.pretzel, self.bundle.codec, batch, draw)
-                image_total = image_total + np.asarray(images, np.float64) / draws
-                text_total = text_total + np.asarray(text, np.float64) / draws
-            bits = np.asarray(self.bundle.codec.bits_per_dim(image_total))
+            found = [_score(self.pretzel, self.bundle.codec, batch, draw) for draw in range(draws)]
+            images, text = (np.stack(s).astype(np.float64) for s in zip(*found, strict=True))
             for row, document in enumerate(part):
-                count = len(document.images)
                 loss = np.flatnonzero(document.text_loss)
                 scores.append(
-                    Scores(image_total[row, :count], bits[row, :count], text_total[row, loss])
+                    DrawScores(images[:, row, : len(document.images)], text[:, row, loss])
                 )
         return scores
 
@@ -267,6 +296,26 @@ class Model:
             x, _ = parallel.to_x(self.pretzel, latents, jacobi)
         return fetch(self.bundle.codec.to_uint8(x))[:count]
 
+    def draw_latents(
+        self, prompts: Sequence[Conversation], sampling: Sampling, *, rows: int = 128
+    ) -> np.ndarray:
+        """Draws one image for each conversation: its latents x [B, N, C], not decoded.
+
+        Raises:
+            UserError: as `generate`.
+        """
+        drawn = []
+        sampling = dataclasses.replace(sampling, max_images=1)
+        for start in range(0, len(prompts), rows):
+            here = [min(i, len(prompts) - 1) for i in range(start, start + rows)]
+            here = here if len(prompts) > rows else list(range(len(prompts)))
+            encoded = self._rows([prompts[i] for i in here], draw=True)
+            options = self._options(here, sampling, None)
+            for output in generate.generate(self.pretzel, encoded, **options):
+                drawn.append(next(p.u for p in output.pieces if isinstance(p, Image)))
+        u = jnp.asarray(np.stack(drawn[: len(prompts)]))
+        return fetch(display.to_x(self.pretzel, u))
+
     def latents(self, images: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
         """Images uint8 [B, H, W, channels] as they are read, with noise by their seeds, to u.
 
@@ -278,7 +327,12 @@ class Model:
         numbers = np.resize(np.asarray(seeds, np.uint32), count)
         return fetch(_latents(self.pretzel, self.bundle.codec, padded, numbers))[: len(images)]
 
-    def _text(self, tokens: Sequence[int]) -> str:
+    def reading_seeds(self, images: int) -> np.ndarray:
+        """Seeds uint32 [images] of the noise of a prompt's images, in order."""
+        return _image_seeds(0, images)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Token ids to text, without special tokens and outer blanks."""
         return self.tokenizer.decode(tokens).strip(" ")
 
     def _places(self, documents: Sequence[Document]) -> int:

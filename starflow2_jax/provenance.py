@@ -17,6 +17,17 @@ from starflow2_jax.errors import UserError
 
 WORKDIR_FORMAT_VERSION = 1
 
+MAY_CHANGE = (
+    "config.mesh",
+    "config.cpu_devices",
+    "config.checkpoint",
+    "config.log_every",
+    "config.log_seconds",
+    "config.profile",
+    "config.wandb",
+)
+"""Parts of a config that a run may be continued with others of: how, not what it trains."""
+
 
 class _Absent:
     def __repr__(self) -> str:
@@ -110,7 +121,16 @@ def git_revision() -> str | None:
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
-    """Writes JSON beside `path` and renames it, so that the file is never half there.
+    """Writes JSON; see `write_text`.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: pathlib.Path, content: str) -> None:
+    """Writes a file beside `path` and renames it, so that the file is never half there.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -119,8 +139,7 @@ def write_json(path: pathlib.Path, content: Any) -> None:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=2)
-                file.write("\n")
+                file.write(content)
             # mkstemp makes files that only their owner reads; results are for everybody.
             umask = os.umask(0)
             os.umask(umask)
@@ -144,7 +163,8 @@ def claim_workdir(
     """Makes the work directory this config's own, or checks that it already is.
 
     A new directory gets `config.json`: format_version, package_version, git_revision (or null) and
-    config. It stays as the first run wrote it. Every process of a job may call this.
+    config. It stays as the first run wrote it. Every process of a job may call this. What
+    `MAY_CHANGE` names may be another one than there.
 
     Returns:
         The directory, absolute.
@@ -189,7 +209,11 @@ def claim_workdir(
             "use another workdir, or the package version that wrote it "
             f"({record.get('package_version')})"
         )
-    differing = differing_keys(old, resolved)
+    differing = {
+        key: pair
+        for key, pair in differing_keys(old, resolved).items()
+        if not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
+    }
     if differing:
         listed = [f"{key} ({_show(x)} there, {_show(y)} now)" for key, (x, y) in differing.items()]
         if len(listed) > 20:

@@ -262,7 +262,7 @@ def answer_file(
         UserError: the file cannot be read; a bad line, named, before anything is answered.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # JSON may hold other line breaks
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {file}: {error}") from error
     records, conversations, names = [], [], []

@@ -1,24 +1,32 @@
 """The benchmarks' own arithmetic, and their shapes."""
 
 import importlib.util
+import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
+from starflow2_jax.data.decoding import decode
+from starflow2_jax.data.sequences import ImageShape
 from starflow2_jax.models.starflow import ImageFlow
 
 FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def flow_speed():
-    spec = importlib.util.spec_from_file_location("flow_speed", FOLDER / "flow_speed.py")
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def flow_speed():
+    return script("flow_speed")
 
 
 def test_ratio_is_the_median_of_the_pairs(flow_speed):
@@ -54,3 +62,20 @@ def test_every_row_of_the_release_has_a_program_of_its_size(flow_speed):
                 jax.eval_shape(function, *args)
                 found.add(what)
         assert found == set(flow_speed.RELEASE[name])
+
+
+@pytest.mark.slow
+def test_every_kind_of_source_is_timed(tmp_path, monkeypatch, capsys):
+    """On a few records; the pipeline's images are those that Pillow makes."""
+    data_speed = script("data_speed")
+    monkeypatch.setattr("sys.argv", ["data_speed.py", "--records", "20", "--dir", str(tmp_path)])
+    data_speed.main()
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["name"].split(",")[0] for row in rows] == list(data_speed.WRITERS)
+    assert all(row["value"] > 0 and row["peer"] > 0 and row["ratio"] > 0 for row in rows)
+    assert not list(tmp_path.iterdir())
+    for path in data_speed.write_jpegs(tmp_path, 4):
+        ours = decode(path.read_bytes(), ImageShape(256, 256, 3, 16))
+        theirs = data_speed.with_pillow(path)
+        # Theirs is resized to whole pixels before it is cropped.
+        assert np.abs(ours.astype(int) - theirs).mean() < 6

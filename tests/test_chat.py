@@ -246,5 +246,16 @@ def test_the_command(folder, pictures, tmp_path, capsys, monkeypatch, assistant)
         assert main([*base, "--batch", str(file)]) == 2
         said = capsys.readouterr()
         assert f"{file}:2" in said.err and said.err.count("\n") == 1 and not said.out
+    for record, parts in (
+        ({"prompt": "a", "images": [str(pictures / "long.png")]}, ("long.png", "200")),
+        ({"prompt": "a", "images": [str(pictures / "broken.png")]}, ("broken.png", "cannot be")),
+        ({"prompt": "a" * 600}, ("the context holds 511",)),
+    ):
+        file.write_text('{"prompt": "one\u2028line"}\n' + json.dumps(record), encoding="utf-8")
+        assert main([*base, "--batch", str(file)]) == 2
+        said = capsys.readouterr()
+        assert said.err.count("\n") == 1 and not said.out
+        for part in (f"{file}:2", *parts):
+            assert part in said.err
     assert main(["chat", "--model", str(tmp_path)]) == 2
     assert "model.json" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import pytest
 import tensorstore
 
 from starflow2_jax.errors import UserError
-from starflow2_jax.training import checkpoint
+from starflow2_jax.training import checkpoint, digest
 from starflow2_jax.training.checkpoint import Checkpoints, checksum, load_tree, save_tree
 
 
@@ -434,9 +434,27 @@ def test_checksum_by_parts(monkeypatch):
     # As if parts of it lay on other hosts, with parts of 3 rows (16 = 5 * 3 + 1).
     replicated = jax.NamedSharding(mesh_of(8), jax.P())
     tree["layers"] = jax.device_put(tree["layers"], replicated)
-    monkeypatch.setattr(checkpoint, "_is_local", lambda leaf: False)
-    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 3 * 4 * 4)
+    monkeypatch.setattr(digest, "_is_local", lambda leaf: False)
+    monkeypatch.setattr(digest, "_CHUNK_BYTES", 3 * 4 * 4)
     assert checksum(tree) == expected
+
+
+def test_the_best_step_stays(tmp_path):
+    state = {"w": jnp.arange(3.0)}
+    losses = {1: 3.0, 2: 1.5, 3: float("nan"), 4: 2.0, 5: None}
+    for steps in ((1, 2, 3), (4, 5)):  # the second time, the first ones' losses are read again
+        with Checkpoints(tmp_path, keep_last=1, best_by="loss") as checkpoints:
+            for step in steps:
+                measured = {} if losses[step] is None else {"loss": losses[step]}
+                checkpoints.save(step, state, measured=measured)
+            assert checkpoints.steps() == [2, steps[-1]]
+            assert checkpoints.best() == 2
+    with Checkpoints(tmp_path, keep_last=1, best_by="loss") as checkpoints:
+        checkpoints.save(6, state, measured={"loss": 1.0})
+        assert checkpoints.steps() == [6] and checkpoints.best() == 6
+    with Checkpoints(tmp_path / "none", best_by="loss") as checkpoints:
+        checkpoints.save(1, state)
+        assert checkpoints.best() is None
 
 
 def test_ambiguous_trees_are_refused():
@@ -459,7 +477,7 @@ TWO_PROCESSES = """
     import jax.numpy as jnp
     import numpy as np
 
-    from starflow2_jax.training import checkpoint
+    from starflow2_jax.training import checkpoint, digest
 
     def make(mesh_shape, offset=0.0):
         mesh = jax.make_mesh(
@@ -472,7 +490,7 @@ TWO_PROCESSES = """
         tree = {"w": put(values, "a"), "s": put(np.float32(offset))}
         return tree, {"w": values, "s": np.float32(offset)}
 
-    checkpoint._CHUNK_BYTES = 3 * 8
+    digest._CHUNK_BYTES = 3 * 8
     state, host = make((2, 1))
     assert not state["w"].is_fully_addressable
     assert checkpoint.checksum(state) == checkpoint.checksum(host)

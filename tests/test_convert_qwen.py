@@ -115,7 +115,7 @@ def test_pieces_of_a_mesh_and_loading_onto_it(tmp_path, capsys, source):
     _, a = read_description(plain)
     _, b = read_description(cut)
     assert a["checksum"] == b["checksum"]
-    assert b["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2, "sequence": 1}
+    assert b["mesh"] == {"data": 1, "fsdp": 4, "columns": 1, "tensor": 2, "sequence": 1}
     gate = ("decoder", "layers", "mlp", "gate", "kernel")
     assert open_array(plain / "weights", gate).chunk_layout.read_chunk.shape == (2, 64, 96)
     assert open_array(cut / "weights", gate).chunk_layout.read_chunk.shape == (2, 16, 48)

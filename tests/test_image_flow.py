@@ -19,6 +19,7 @@ from starflow2_jax.models.af_block import Given
 from starflow2_jax.models.patches import dequantised, image_noise
 from starflow2_jax.models.starflow import ImageFlow, StarFlowConfig, TarFlowConfig, bits_per_dim
 from starflow2_jax.training.image_flow import ImageFlowLoss, ImageFlowTask
+from starflow2_jax.training.step import StepConfig
 
 CONFIG = TarFlowConfig(1, 8, 4, 32, 2, 1, classes=3, head_dim=16)
 CLASSES = ("a", "b", "c")
@@ -139,5 +140,7 @@ def test_what_cannot_be_trained_is_refused(folder):
         make(scale="none")
     with pytest.raises(UserError, match="3 classes, the model has 4"):
         make(classes=4)
-    assert make(classes=3).counts(data.batch(range(2))) == {"images": 2, "tokens": 8}
+    [stage] = make(classes=3).stages
+    counts = stage.loss(StepConfig(1, 1.0, 0), training=True).counts(data.batch(range(2)))
+    assert counts == {"images": 2, "tokens": 8}
     assert jax.tree.leaves(make(classes=3).constants) == []

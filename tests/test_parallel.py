@@ -34,12 +34,12 @@ def eight():
 @pytest.mark.parametrize(
     "config, sizes",
     [
-        (MeshConfig(), (1, 8, 1, 1)),
-        (MeshConfig(data=2), (2, 4, 1, 1)),
-        (MeshConfig(data=-1, fsdp=2, tensor=2), (2, 2, 2, 1)),
-        (MeshConfig(fsdp=2, tensor=2, sequence=-1), (1, 2, 2, 2)),
-        (MeshConfig(data=8, fsdp=-1), (8, 1, 1, 1)),
-        (MeshConfig(data=2, fsdp=2, tensor=2, sequence=1), (2, 2, 2, 1)),
+        (MeshConfig(), (1, 8, 1, 1, 1)),
+        (MeshConfig(data=2), (2, 4, 1, 1, 1)),
+        (MeshConfig(data=-1, fsdp=2, tensor=2), (2, 2, 1, 2, 1)),
+        (MeshConfig(fsdp=2, tensor=2, sequence=-1), (1, 2, 1, 2, 2)),
+        (MeshConfig(data=8, fsdp=-1), (8, 1, 1, 1, 1)),
+        (MeshConfig(data=2, fsdp=2, tensor=2, sequence=1), (2, 2, 1, 2, 1)),
     ],
 )
 def test_sizes_are_filled_in(config, sizes):
@@ -80,8 +80,8 @@ def slices_of(config, slices, each=4):
 
 def test_data_lies_across_slices():
     where = slices_of(MeshConfig(data=2, fsdp=2, tensor=2), 2)
-    assert where.shape == (2, 2, 2, 1)
-    np.testing.assert_array_equal(where, np.broadcast_to([[[[0]]], [[[1]]]], where.shape))
+    assert where.shape == (2, 2, 1, 2, 1)
+    np.testing.assert_array_equal(where, np.broadcast_to([[[[[0]]]], [[[[1]]]]], where.shape))
     # Without enough data, fsdp is the next to span them; a tensor group never does.
     where = slices_of(MeshConfig(data=2, fsdp=4, tensor=2), 4)
     assert (where == where[:, :, :1]).all()
@@ -101,7 +101,13 @@ def test_a_mesh_that_slices_cannot_carry():
 def test_mesh_of_all_devices():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, sequence=2), eight())
     assert mesh.axis_names == AXES
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1, "sequence": 2}
+    assert dict(mesh.shape) == {
+        "data": 2,
+        "fsdp": 2,
+        "columns": 1,
+        "tensor": 1,
+        "sequence": 2,
+    }
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
     assert set(mesh.devices.ravel()) == set(jax.devices())
     check_batch(8, mesh)
@@ -146,8 +152,8 @@ def test_parameters_are_born_sharded():
         whole, held = whole + leaf.size, held + size
     assert held < whole / 4
     kernel = model.vlm.decoder.layers.attention.qkv.kernel[...]
-    assert kernel.sharding.spec == P(None, "fsdp", "tensor")
-    assert model.vlm.embedding[...].sharding.spec == P("tensor", "fsdp")
+    assert kernel.sharding.spec == P(None, "fsdp", ("columns", "tensor"))
+    assert model.vlm.embedding[...].sharding.spec == P(None, ("fsdp", "columns"))
     # The values do not depend on the mesh, but for the last bit of a program of another shape.
     unsharded = tiny.jit(lambda: nnx.state(make()))()
     tiny.close_trees(nnx.state(model), unsharded, 1e-6)
@@ -194,14 +200,14 @@ def test_batch_shardings():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), eight())
     batch = {"rows": packed_rows(cfg)[0], "images": np.zeros((8, 2, 4, 4, 3)), "seed": np.int32(0)}
     found = rules.batch_shardings(batch, mesh)
-    assert found["rows"].tokens.spec == P(("data", "fsdp"))
-    assert found["rows"].positions.spec == P(None, ("data", "fsdp"))
-    assert found["images"].spec == P(("data", "fsdp"))
+    assert found["rows"].tokens.spec == P(("data", "fsdp", "columns"))
+    assert found["rows"].positions.spec == P(None, ("data", "fsdp", "columns"))
+    assert found["images"].spec == P(("data", "fsdp", "columns"))
     assert found["seed"].is_fully_replicated
     placed = jax.device_put(batch, found)
     assert placed["rows"].positions.addressable_shards[0].data.shape == (3, 2, 32)
     on_host = rules.batch_shardings({"positions": np.zeros((8, 32, 3))}, mesh)
-    assert on_host["positions"].spec == P(("data", "fsdp"))
+    assert on_host["positions"].spec == P(("data", "fsdp", "columns"))
 
 
 @pytest.mark.distributed
@@ -259,8 +265,16 @@ def unsharded():
         MeshConfig(fsdp=8),
         MeshConfig(data=2, fsdp=2, tensor=2),
         MeshConfig(fsdp=2, tensor=2, sequence=2),
+        MeshConfig(data=2, fsdp=2, columns=2),
+        MeshConfig(fsdp=2, columns=2, tensor=2),
     ],
-    ids=["fsdp", "data-fsdp-tensor", "fsdp-tensor-sequence"],
+    ids=[
+        "fsdp",
+        "data-fsdp-tensor",
+        "fsdp-tensor-sequence",
+        "data-fsdp-columns",
+        "fsdp-columns-tensor",
+    ],
 )
 def test_eight_devices_compute_what_one_does(unsharded, config, capfd):
     graphdef, state, batch, ((loss, metrics), gradients) = unsharded

@@ -14,6 +14,7 @@ import pytest
 from starflow2_jax.cli.main import main
 from starflow2_jax.training import metrics
 from starflow2_jax.training.checkpoint import checksum, load_tree
+from starflow2_jax.training.meter import TIMES
 from starflow2_jax.training.metrics import read_metrics
 
 HERE = pathlib.Path(__file__).parent
@@ -39,10 +40,8 @@ def train(workdir, before="", **options):
 
 def losses(workdir):
     """Everything in metrics.jsonl that is not a time or a rate."""
-    timing = {"seconds", "stage_seconds", "images_per_second", "tokens_per_second"}
-    timing |= {"peak_memory_gb"}
     return [
-        {k: v for k, v in row.items() if k not in timing}
+        {k: v for k, v in row.items() if k not in ("seconds", *TIMES)}
         for row in read_metrics(workdir / "metrics.jsonl")
     ]
 

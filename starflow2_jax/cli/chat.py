@@ -1,7 +1,8 @@
-"""Talk with a converted VLM.
+"""Talk with a STARFlow2 model, which writes and draws, or with a converted VLM.
 
-With --prompt one reply; with --batch a reply to each line of a JSONL file; else a conversation:
-each line is a turn, and `/image FILE` adds a picture to the next one.
+With --prompt one reply; with --batch a reply of a VLM to each line of a JSONL file; else a
+conversation: each line is a turn, `/image FILE` adds a picture to the next one, and `/draw TEXT`
+asks a STARFlow2 model for a picture at once.
 """
 
 import argparse
@@ -14,11 +15,12 @@ from typing import TextIO
 
 from starflow2_jax.errors import UserError
 
-SUMMARY = "talk with a converted VLM"
+SUMMARY = "talk with a model, in text and images"
 
 _EPILOG = """\
 examples:
   starflow2 chat --model DIR
+  starflow2 chat --model runs/digits --guidance 2 --images-to drawn
   starflow2 chat --model DIR --image cat.png --prompt "What is this?"
   starflow2 chat --model DIR --batch questions.jsonl --out answers.jsonl
 
@@ -32,7 +34,9 @@ exit codes: 0 done; 2 bad input
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument("--model", metavar="DIR", required=True, help="converted VLM")
+    parser.add_argument(
+        "--model", metavar="DIR", required=True, help="a model's, or converted VLM's"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", help="one turn, one reply")
     what.add_argument("--batch", metavar="FILE", help="JSONL file of conversations")
@@ -43,12 +47,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", metavar="N", type=int, default=8, help="of a batch (8)")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=512, help="(512)")
     parser.add_argument(
+        "--guidance", metavar="W", type=float, default=0.0, help="of images that are drawn (0)"
+    )
+    parser.add_argument("--image-temperature", metavar="T", type=float, default=1.0, help="(1)")
+    parser.add_argument("--max-images", metavar="N", type=int, default=4, help="of a reply (4)")
+    parser.add_argument(
+        "--images-to", metavar="DIR", default="chat", help="where drawn images are saved (chat)"
+    )
+    parser.add_argument(
         "--temperature", metavar="T", type=float, default=0.0, help="0: the likeliest token (0)"
     )
     parser.add_argument("--top-p", metavar="P", type=float, default=1.0, help="(1)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="(0)")
     parser.add_argument(
-        "--context", metavar="N", type=int, help="most positions; default: of config.json"
+        "--context",
+        metavar="N",
+        type=int,
+        help="most positions; default: 1024, or what the VLM's config.json says",
     )
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="of the arithmetic; default: as stored"
@@ -71,6 +86,48 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: bad input; see `vlm`.
     """
+    from starflow2_jax.bundle import is_bundle
+
+    if is_bundle(pathlib.Path(args.model)):
+        _with_images(args)
+    else:
+        _with_vlm(args)
+
+
+def _with_images(args: argparse.Namespace) -> None:
+    from starflow2_jax import conversation
+    from starflow2_jax.model import Sampling, load
+    from starflow2_jax.service import read_image
+
+    if args.batch is not None or args.out is not None or args.dtype is not None:
+        raise UserError(
+            "--batch, --out and --dtype go with a converted VLM; for many prompts see "
+            "starflow2 sample"
+        )
+    model = load(args.model)
+    sampling = Sampling(
+        guidance=args.guidance,
+        image_temperature=args.image_temperature,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        max_new_tokens=args.max_new_tokens,
+        max_images=args.max_images,
+        seed=args.seed,
+    )
+    chat = model.chat(sampling, context=args.context or 1024)
+    folder = conversation.Folder(
+        pathlib.Path(args.images_to), conversation.shows_images(sys.stdout)
+    )
+    if args.prompt is None:
+        pieces = conversation.converse(chat, sys.stdin, folder, args.image)
+    else:
+        pictures = [read_image(model, file) for file in args.image]
+        pieces = conversation.replies(chat, folder, *pictures, args.prompt, draw=False)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+
+
+def _with_vlm(args: argparse.Namespace) -> None:
     from starflow2_jax import vlm
 
     if args.batch is None and args.out is not None:

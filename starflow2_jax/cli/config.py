@@ -165,19 +165,24 @@ def _apply(config: ml_collections.ConfigDict, key: str, text: str) -> None:
 
 
 def load_config(
-    path: str | os.PathLike[str], overrides: Sequence[tuple[str, str]] = ()
+    path: str | os.PathLike[str],
+    overrides: Sequence[tuple[str, str]] = (),
+    offered: Sequence[tuple[str, str]] = (),
 ) -> tuple[ml_collections.ConfigDict, types.ModuleType]:
     """Loads a config file, applies overrides, and locks the config.
 
     The file defines `get_config() -> ConfigDict`. If it has an entry `smoke` that the overrides set
     to True, the file's `smoke(config)` is called before the other overrides are applied, to change
-    the config in place to tiny sizes on made data; so explicit overrides win over it.
+    the config in place to tiny sizes on made data; so explicit overrides win over it. An entry
+    `topology` that is set calls the file's `for_topology(config)` at the same time: settings that
+    suit those accelerators.
 
     Args:
         path: of the Python file.
         overrides: (key without `config.`, text), as `split_overrides` gives them. The text is read
             as the type of the entry it replaces: bool, int, float, str, tuple or list; `None` is
             None for all of them; an entry that is None takes any Python literal.
+        offered: of the same form; those of entries that the config does not have are left out.
 
     Returns:
         The locked config, and the file's module with whatever else it defines.
@@ -196,9 +201,14 @@ def load_config(
             f"get_config() of {path} returns a {type(config).__name__}, not an "
             "ml_collections.ConfigDict"
         )
+    overrides = [*(pair for pair in offered if pair[0] in config), *overrides]
+    early = ("smoke", "topology", "slices")
     for key, text in overrides:
-        if key == "smoke":
+        if key in early:
             _apply(config, key, text)
+    if config.get("topology"):
+        with config.unlocked():
+            _call(path, module.for_topology, config)
     if config.get("smoke"):
         if not callable(getattr(module, "smoke", None)):
             raise UserError(f"config file {path} has no smoke mode: it defines no smoke(config)")
@@ -206,7 +216,7 @@ def load_config(
             _call(path, module.smoke, config)
         config.smoke = True
     for key, text in overrides:
-        if key != "smoke":
+        if key not in early:
             _apply(config, key, text)
     config.lock()
     to_json(config)  # a value that cannot be recorded is an error now, not after an hour

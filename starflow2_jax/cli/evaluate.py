@@ -1,6 +1,7 @@
 """Evaluate a trained model.
 
-likelihood: exact log-probabilities of a folder of images under an image flow of pixels (TarFlow).
+likelihood: exact log-probabilities, of conversations with images, or of a folder of images under an
+image flow of pixels (TarFlow); image-text matching, retrieval and classification by them.
 """
 
 import argparse
@@ -10,16 +11,30 @@ from starflow2_jax.errors import UserError
 
 SUMMARY = "evaluate a trained model"
 
-_EPILOG = """\
-The folder has a sub-folder of images for each class (of the model, if it has classes), or images
-only. Other sizes are cropped to the square in their middle and resized.
+_LIKELIHOOD = """\
+data of a STARFlow2 model:
+  files of one kind (patterns with * are expanded): JSONL conversations in LLaVA's form, WebDataset
+  tar shards, ArrayRecord, Parquet (--task says what a record is); or a folder with a sub-folder of
+  images for each class, which is the caption (--template)
+data of an image flow (TarFlow): a folder of images, with a sub-folder for each class or none
 
-results:
-  examples.jsonl   for each image: file, class, nats (log p of the dequantised image, pixels in
-                   [-1, 1), mean over the draws), bits_per_dim (of the 8-bit image, an upper bound),
-                   their spread over the draws; with classes, the nats given each class, given none,
-                   and of the mixture, and the class predicted by Bayes' rule
-  summary.json     means with standard errors, the spread over the draws, Bayes' accuracy
+--score of a STARFlow2 model:
+  likelihood  log p of every image and of the assistant's text
+  matching    log p(image | text) - log p(image) of every drawing: how well they go together
+  retrieval   every image under every caption: the right text for an image, the right image for a
+              text (the square of the data's size in work)
+  classes     Bayes' rule: each line of --captions is a class, a record's caption is its class (of a
+              folder: the folders' names)
+
+results in --out:
+  examples.jsonl   for each record: nats (log p, mean over the draws of the noise) with _spread
+                   over the draws, _bound (log of the draws' mean: importance weighted), _by_draw;
+                   bits_per_dim of the 8-bit image (an upper bound); text_nats, perplexity;
+                   joint_nats of the reply given the prompt
+  summary.json     means with standard errors, and the spread over the draws; it comes last
+
+An interrupted command continues where it stopped when it is given again. Several processes
+(launch/) share the work; the results are the same to the byte.
 
 exit codes: 0 done; 2 bad input
 """
@@ -31,53 +46,123 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _field(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FIELD")
+    return name, value
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="DIR", required=True, help="model directory, or a finished run's workdir"
+    )
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds one sub-command for each kind of evaluation."""
     kinds = parser.add_subparsers(
         metavar="WHAT", required=True, help="what to measure; each has a --help of its own"
     )
-    likelihood = kinds.add_parser(
-        "likelihood",
-        help="exact log p of images",
-        description="Exact log-probabilities of images, nats and bits per dim.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    _configure_likelihood(
+        kinds.add_parser(
+            "likelihood",
+            help="exact log p of images and text",
+            description="Exact log-probabilities of images and text, nats and bits per dim.",
+            epilog=_LIKELIHOOD,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
     )
-    likelihood.add_argument(
-        "--model", metavar="DIR", required=True, help="model directory, or a finished run's workdir"
+
+
+def _configure_likelihood(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument(
+        "--data", metavar="PATH", nargs="+", required=True, help="files, or a folder of images"
     )
-    likelihood.add_argument("--data", metavar="FOLDER", required=True, help="folder of images")
-    likelihood.add_argument(
+    parser.add_argument(
         "--out", metavar="DIR", help="folder of the results; default: likelihood/ in the model's"
     )
-    likelihood.add_argument(
-        "--draws", type=_positive, default=4, metavar="N", help="dequantisation draws (default 4)"
+    parser.add_argument(
+        "--draws", type=_positive, default=4, metavar="N", help="of the images' noise (default 4)"
     )
-    likelihood.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the draws (default 0)"
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default 0)")
+    parser.add_argument(
+        "--rows", type=_positive, default=64, metavar="N", help="records of a batch (default 64)"
     )
-    likelihood.add_argument(
-        "--rows", type=_positive, default=64, metavar="N", help="images of a batch (default 64)"
+    conversations = parser.add_argument_group("STARFlow2 models")
+    conversations.add_argument(
+        "--score",
+        choices=("likelihood", "matching", "retrieval", "classes"),
+        default="likelihood",
+        help="see below (default likelihood)",
     )
-    likelihood.add_argument(
+    conversations.add_argument(
+        "--task",
+        choices=("conversation", "draw", "read", "edit", "story"),
+        help="what a record is (default: conversation for JSONL, else draw)",
+    )
+    conversations.add_argument(
+        "--field",
+        type=_field,
+        action="append",
+        default=[],
+        metavar="NAME=FIELD",
+        help="where the task's parts are in a record, e.g. image=png; repeatable",
+    )
+    conversations.add_argument(
+        "--images", metavar="DIR", help="folder that JSONL's image paths start from"
+    )
+    conversations.add_argument(
+        "--index", metavar="DIR", help="for the index of the files (default: beside them)"
+    )
+    conversations.add_argument("--captions", metavar="FILE", help="classes, one a line")
+    conversations.add_argument(
+        "--template", default="{}", metavar="TEXT", help='of a folder: "a photo of a {}"'
+    )
+    flows = parser.add_argument_group("image flows")
+    flows.add_argument(
         "--no-bayes",
         action="store_true",
         help="score an image's own class and no class, not every class",
     )
-    likelihood.set_defaults(evaluate=_likelihood)
+    parser.set_defaults(evaluate=_likelihood)
 
 
 def run(args: argparse.Namespace) -> None:
     """Evaluates; prints the summary.
 
     Raises:
-        UserError: bad model, folder or image.
+        UserError: bad model, data or setting.
     """
     args.evaluate(args)
 
 
+def _print_summary(summary: dict, path: pathlib.Path) -> None:
+    def show(values: dict, prefix: str) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                show(value, f"{prefix}{name}.")
+            elif isinstance(value, float):
+                print(f"{prefix}{name} {value:.5g}")
+
+    show(summary, "")
+    print(f"wrote {path}")
+
+
 def _likelihood(args: argparse.Namespace) -> None:
+    from starflow2_jax.flow_bundle import is_image_flow
+
+    if args.seed < 0:
+        raise UserError(f"--seed is {args.seed}, expected at least 0")
+    if is_image_flow(pathlib.Path(args.model)):
+        _image_flow_likelihood(args)
+    else:
+        _conversation_likelihood(args)
+
+
+def _image_flow_likelihood(args: argparse.Namespace) -> None:
     from starflow2_jax.data.images import open_folder
     from starflow2_jax.evaluation.image_likelihood import SUMMARY as SUMMARY_FILE
     from starflow2_jax.evaluation.image_likelihood import write_likelihoods
@@ -85,15 +170,17 @@ def _likelihood(args: argparse.Namespace) -> None:
     from starflow2_jax.models.starflow import TarFlowConfig
     from starflow2_jax.training.metrics import Progress
 
-    if args.seed < 0:
-        raise UserError(f"--seed is {args.seed}, expected at least 0")
     folder = pathlib.Path(args.model)
     config, record = read_description(folder)
     if not isinstance(config, TarFlowConfig):
         raise UserError(f"{folder} is a model of latents; expected one of pixels, a TarFlow")
+    if len(args.data) != 1:
+        raise UserError(f"{len(args.data)} paths in --data; an image flow takes one folder")
+    if args.score != "likelihood":
+        raise UserError(f"--score {args.score} is for STARFlow2 models; {folder} is an image flow")
     # A converted model has classes, but no names for them.
     classes = tuple(record.get("classes") or (str(i) for i in range(config.classes)))
-    data = open_folder(args.data, config.size, config.channels, classes or None)
+    data = open_folder(args.data[0], config.size, config.channels, classes or None)
     out = pathlib.Path(args.out) if args.out else model_folder(folder) / "likelihood"
     progress = Progress("likelihood", len(data), unit="images")
     summary = write_likelihoods(
@@ -101,13 +188,49 @@ def _likelihood(args: argparse.Namespace) -> None:
         data,
         out,
         classes=() if args.no_bayes else classes,
-        about={"model": str(folder), "data": str(args.data), "seed": args.seed},
+        about={"model": str(folder), "data": str(args.data[0]), "seed": args.seed},
         on_progress=lambda done, _: progress.update(done, {}),
         draws=args.draws,
         seed=args.seed,
         rows=args.rows,
     )
-    for name, value in summary.items():
-        if isinstance(value, float):
-            print(f"{name} {value:.5g}")
-    print(f"wrote {out / SUMMARY_FILE}")
+    _print_summary(summary, out / SUMMARY_FILE)
+
+
+def _conversation_likelihood(args: argparse.Namespace) -> None:
+    import jax
+
+    from starflow2_jax import load
+    from starflow2_jax.evaluation import likelihood_job
+    from starflow2_jax.flow_bundle import model_folder
+    from starflow2_jax.parallel.distributed import join_job
+    from starflow2_jax.training.metrics import Progress
+
+    join_job()
+    folder = pathlib.Path(args.model)
+    model = load(folder)
+    out = pathlib.Path(args.out) if args.out else model_folder(folder) / args.score
+    setting = likelihood_job.Setting(
+        score=args.score,
+        data=tuple(args.data),
+        draws=args.draws,
+        seed=args.seed,
+        rows=args.rows,
+        task=args.task,
+        fields=tuple(args.field),
+        images=args.images,
+        template=args.template,
+        captions=args.captions,
+    )
+    progress: list[Progress] = []
+
+    def on_progress(done: int, total: int) -> None:
+        if not progress:
+            progress.append(
+                Progress(args.score, total, unit="records", enabled=jax.process_index() == 0)
+            )
+        progress[0].update(done, {})
+
+    summary = likelihood_job.run(model, setting, out, index=args.index, on_progress=on_progress)
+    if jax.process_index() == 0:
+        _print_summary(summary, out / likelihood_job.SUMMARY)

@@ -11,11 +11,19 @@ import traceback
 from collections.abc import Sequence
 
 import starflow2_jax
-from starflow2_jax.cli import chat, convert, evaluate, train
+from starflow2_jax.cli import chat, convert, data, evaluate, plan, sample, train
 from starflow2_jax.cli.config import split_overrides
 from starflow2_jax.errors import Interrupted, UserError
 
-COMMANDS = {"train": train, "evaluate": evaluate, "convert": convert, "chat": chat}
+COMMANDS = {
+    "train": train,
+    "plan": plan,
+    "sample": sample,
+    "evaluate": evaluate,
+    "convert": convert,
+    "data": data,
+    "chat": chat,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -35,7 +35,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="folder of the run; made where missing, continued where the run has begun",
     )
-    parser.usage = "starflow2 train --config FILE --workdir DIR [--config.KEY=VALUE ...]"
+    for name, what in (("vlm", "VLM"), ("fae", "FAE")):
+        parser.add_argument(
+            f"--{name}",
+            metavar="DIR",
+            help=f"converted {what} to start from: sets config.{name}",
+        )
+    parser.usage = (
+        "starflow2 train --config FILE --workdir DIR [--vlm DIR] [--fae DIR] "
+        "[--config.KEY=VALUE ...]"
+    )
     parser.epilog = _EPILOG
     parser.set_defaults(overrides=[])
 
@@ -47,19 +56,21 @@ def run(args: argparse.Namespace) -> None:
         UserError: bad config or work directory.
         Interrupted: stopped from outside, state saved.
     """
-    config, module = load_config(args.config, args.overrides)
+    given = [(name, getattr(args, name)) for name in ("vlm", "fae") if getattr(args, name)]
+    config, module = load_config(args.config, [*args.overrides, *given])
     import jax
 
     from starflow2_jax.data.batches import skipped_log
     from starflow2_jax.parallel.cpu import claim_devices
     from starflow2_jax.parallel.distributed import join_job
+    from starflow2_jax.planning.topology import device_peak_flops
     from starflow2_jax.training import loop
 
     claim_devices(config.get("cpu_devices"))
     join_job()
     workdir = claim_workdir(args.workdir, config)
     with skipped_log(workdir / f"skipped_records_{jax.process_index()}.log"):
-        loop.run(config, module, workdir)
+        loop.run(config, module, workdir, device_peak_flops(jax.devices()[0].device_kind))
     report = getattr(module, "report", None)
     if report is None:
         return

@@ -43,3 +43,27 @@ def split_qkv(
         order = np.argsort(_pairs_to_halves(head_dim))
         q, k = q[:, :, order], k[:, :, order]
     return tuple(part.reshape(-1, *tail) for part in (q, k, v))
+
+
+# Rows and columns of the tiles in which `contiguous` turns a matrix over.
+_TILE = 128
+
+
+def contiguous(a: np.ndarray) -> np.ndarray:
+    """`np.ascontiguousarray`, two to three times as fast for transposed matrices [..., R, C].
+
+    Turned over in tiles, both sides of the copy stay in the processor's cache; and 16-bit floats
+    that are no type of numpy's own are moved as the integers of their bits.
+    """
+    if a.ndim < 2 or a.flags.c_contiguous or a.strides[-2] != a.itemsize:
+        return np.ascontiguousarray(a)
+    bits = np.dtype(f"u{a.itemsize}")
+    out = np.empty(a.shape, a.dtype)
+    source, target = a.view(bits), out.view(bits)
+    rows, columns = a.shape[-2:]
+    # Columns outside: they are the rows of the source, read one run after another.
+    for column in range(0, columns, _TILE):
+        for row in range(0, rows, _TILE):
+            part = (..., slice(row, row + _TILE), slice(column, column + _TILE))
+            target[part] = source[part]
+    return out

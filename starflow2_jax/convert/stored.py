@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from starflow2_jax.convert.layout import contiguous
 from starflow2_jax.convert.table import Entry, misfits, source_shapes
 from starflow2_jax.convert.tensor_files import TensorFile
 from starflow2_jax.errors import UserError
@@ -91,7 +92,7 @@ def _hashed(pieces: Pieces, path: tuple[str, ...], digest: TreeDigest) -> Pieces
     def read(start: int, stop: int) -> np.ndarray:
         if start == 0:
             digest.start(path, pieces.shape, pieces.dtype)
-        rows = np.ascontiguousarray(pieces.read(start, stop))
+        rows = contiguous(pieces.read(start, stop))
         digest.add(rows)
         return rows
 

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from starflow2_jax.convert.layout import contiguous
 from starflow2_jax.errors import UserError
 from starflow2_jax.provenance import write_json
 
@@ -246,7 +247,7 @@ def write_safetensors(
                 if array.shape != tuple(shapes[name]) or array.dtype != dtypes[name]:
                     raise ValueError(f"{name} is {array.dtype} {array.shape}")
                 file.seek(base + begin)
-                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+                file.write(contiguous(array).reshape(-1).view(np.uint8).data)
             if offsets:
                 raise ValueError(f"no tensors for {sorted(offsets)}")
         pathlib.Path(temporary).rename(path)

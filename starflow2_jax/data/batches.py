@@ -21,7 +21,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from starflow2_jax.data.packing import BatchShape, HostBatch, fits, packed
+from starflow2_jax.data.packing import BatchShape, HostBatch, fits, packed, with_counted
 from starflow2_jax.errors import UserError
 
 LOG = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class _ScreenedIterator(grain.DatasetIterator):
 
     def __next__(self) -> dict[str, np.ndarray]:
         for _ in range(_IN_A_ROW):
-            document = next(self._documents)
+            document = with_counted(next(self._documents), self._shape)
             error = document.get("error", "")
             misfit = "" if error else fits(document, self._shape)
             if misfit and "source" not in document:

@@ -13,6 +13,8 @@ _MODES = {1: "L", 3: "RGB"}
 def decode(data: bytes, shape: ImageShape) -> np.ndarray:
     """An encoded image (JPEG, PNG, WebP, ...) as uint8 [H, W, channels].
 
+    Or, where images come as cached latents, their bytes as bfloat16 [N, moments].
+
     The image is turned as its EXIF orientation says, scaled until it covers the shape, and cropped
     in the middle. Transparency is laid over white.
 
@@ -24,6 +26,8 @@ def decode(data: bytes, shape: ImageShape) -> np.ndarray:
         Exception: what Pillow raises on damaged data: OSError (a truncated file among them),
             ValueError, SyntaxError, DecompressionBombError.
     """
+    if shape.moments:
+        return np.frombuffer(data, shape.array[1]).reshape(shape.array[0])
     try:
         opened = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:  # its message names an object in memory
@@ -43,6 +47,24 @@ def decode(data: bytes, shape: ImageShape) -> np.ndarray:
         image = image if image.mode == mode else image.convert(mode)  # which would copy
         pixels = np.asarray(_cover(image, *target))
     return pixels.reshape(shape.height, shape.width, shape.channels)
+
+
+def decode_still(data: bytes, shape: ImageShape) -> np.ndarray:
+    """`decode`, for images that are there to stay: nothing is guessed, and nothing passed over.
+
+    Raises:
+        ValueError: an animation, or more than 8 bits per channel; and what `decode` raises.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            frames, mode = getattr(image, "n_frames", 1), image.mode
+    except UnidentifiedImageError:
+        raise ValueError(f"{len(data)} bytes that are no image of a known format") from None
+    if frames > 1:
+        raise ValueError(f"animated ({frames} frames); expected one picture")
+    if mode.startswith(("I", "F")):
+        raise ValueError(f"of mode {mode}; expected 8 bits per channel")
+    return decode(data, shape)
 
 
 def _cover(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -5,11 +5,13 @@ Letters: B images, H = W = size.
 """
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -85,6 +87,29 @@ class _Unreadable:
                 print(f"starflow2: note: left out: {error}", file=sys.stderr, flush=True)
 
 
+def _permuted(count: int, rng: np.random.Generator) -> Iterator[int]:
+    """All indices in random order; draws nothing before the first is asked for."""
+    yield from rng.permutation(count).tolist()
+
+
+class _SomeRows(grain.MapDataset):
+    """Of each `rows` elements, those from `start` to `stop`."""
+
+    def __init__(self, parent: grain.MapDataset, rows: int, start: int, stop: int) -> None:
+        super().__init__(parent)
+        self._rows, self._start, self._stop = rows, start, stop
+
+    def __len__(self) -> int:
+        # The parent repeats without an end.
+        return len(self.parents[0]) // self._rows * (self._stop - self._start)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, self._stop - self._start)
+        return self.parents[0][batch * self._rows + self._start + row]
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
     """The images of a folder, in the order of their names.
@@ -117,42 +142,55 @@ class ImageFolder:
         return read_image(self.root / self.files[index], self.size, self.channels)
 
     def training_batches(
-        self, rows: int, seed: int, augment: Augment | None = None
+        self,
+        rows: int,
+        seed: int,
+        augment: Augment | None = None,
+        part: slice | None = None,
+        place: Callable[[HostBatch], Any] | None = None,
     ) -> grain.IterDataset:
         """An endless stream of shuffled batches; batch i depends on seed, rows and i alone.
 
-        A file that cannot be read is left out, named once on stderr, and counted in `unreadable`.
+        A file that cannot be read is named once on stderr, and counted in `unreadable`; a
+        random one that can be stands in for it, so that the other rows keep their places.
 
         Args:
             rows: B.
             seed: of the order, of what is random in `augment`, and of the images' noise.
             augment: applied to each image, or None.
+            part: the rows of each batch that are wanted; default all.
+            place: is applied to each batch in the thread that reads ahead.
 
         Returns:
             Batches of `images` uint8 [B, H, W, channels], `labels` int32 [B], `image_seeds` uint32
             [B].
         """
 
-        def load(index: int, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
-            try:
-                image = self.read(index)
-            except UserError as error:
-                self.unreadable.add(self.files[index], error)
-                if len(self.unreadable.files) == len(self):
-                    raise UserError(f"none of the images in {self.root} is readable") from error
-                return None
+        def load(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+            index, image = self._readable(index, rng)
             return {
                 "images": image if augment is None else augment(image, rng),
                 "labels": self.labels[index],
                 "image_seeds": rng.integers(0, 2**32, dtype=np.uint32),
             }
 
+        start, stop, _ = (part or slice(None)).indices(rows)
         order = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
-        images = order.random_map(load).to_iter_dataset(
-            grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
-        )
-        batches = images.batch(rows, drop_remainder=True)
+        wanted = _SomeRows(order.random_map(load), rows, start, stop)
+        images = wanted.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=64))
+        batches = images.batch(stop - start, drop_remainder=True)
+        if place is not None:
+            batches = batches.map(place)
         return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=4)
+
+    def _readable(self, index: int, rng: np.random.Generator) -> tuple[int, np.ndarray]:
+        """This image, or, where it cannot be read, a random one that can; and its index."""
+        for at in itertools.chain([index], _permuted(len(self), rng)):
+            try:
+                return at, self.read(at)
+            except UserError as error:
+                self.unreadable.add(self.files[at], error)
+        raise UserError(f"none of the images in {self.root} is readable")
 
     def batch(self, indices: Sequence[int]) -> HostBatch:
         """These images as they are; an image's noise seed is its index.

@@ -48,12 +48,17 @@ def packed_batches(
         bool [B, T], `images` uint8 [B, I, H, W, channels], `image_seeds` uint32 [B, I],
         `image_start` int32 [B, I]; where the shape has places for views also `view_patches` float32
         [B, S, P], `view_coordinates` int32 [B, S, 2], `view_segments` int32 [B, S], `view_index`
-        int32 [B, T]; or what `place` makes of them.
+        int32 [B, T]; where it limits them `text_targets` int32 [B, K] and `prefix` int32 [B, P]; or
+        what `place` makes of them.
 
     Raises:
         UserError: the lanes do not divide the rows. When a batch is read: a document that comes
             from no record does not fit into an empty row; too many records of a source are corrupt.
     """
+    if shape.prefix and shape.places:
+        raise UserError(
+            f"a batch with a prefix ({shape.prefix}) has no views: places is {shape.places}, not 0"
+        )
     if shape.lanes < 1 or shape.rows % shape.lanes:
         raise UserError(
             f"a batch of {shape.rows} rows cannot be dealt to {shape.lanes} lanes: lanes must "
@@ -84,6 +89,8 @@ def to_rows(batch: HostBatch) -> Rows:
         image_start=start,
         image_loss_mask=start >= 0,
         views=views,
+        text_targets=batch.get("text_targets"),
+        prefix=batch.get("prefix"),
     )
 
 

@@ -21,7 +21,9 @@ def grid(images: Sequence[np.ndarray], columns: int, scale: int = 2) -> Image.Im
     return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
 
 
-def plot_losses(workdir: pathlib.Path, panels: Sequence[tuple[str, str]]) -> None:
+def plot_losses(
+    workdir: pathlib.Path, panels: Sequence[tuple[str, str]], unit: str = "nats"
+) -> None:
     """Draws `losses.png` from a work directory's metrics: a panel for each (stage, loss)."""
     import matplotlib
 
@@ -38,7 +40,7 @@ def plot_losses(workdir: pathlib.Path, panels: Sequence[tuple[str, str]]) -> Non
             found = [(r["step"], r[key]) for r in rows if r["stage"] == stage and key in r]
             if found:
                 axis.plot(*zip(*found, strict=True), label=label, linewidth=1)
-        axis.set(title=f"{stage}: {name}", xlabel="step", ylabel="nats")
+        axis.set(title=f"{stage}: {name}", xlabel="step", ylabel=unit)
         axis.legend()
     figure.savefig(workdir / "losses.png", dpi=90)
     pyplot.close(figure)

@@ -59,7 +59,7 @@ class BlockConfig:
     mlp_ratio: int = 4
     layer_norm_epsilon: float = 1e-5
     rms_norm_epsilon: float = 1e-6
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: decoder.Remat = "none"
 
     def __post_init__(self) -> None:
         if self.width % self.head_dim:
@@ -318,7 +318,8 @@ class AFBlock(nnx.Module):
             )
         stack = self.decoder
         if stack.small:
-            stack, cache = stack.unrolled(), decoder.in_step(cache, length)
+            cache = decoder.in_step(cache, length, stack.config.head_dim)
+            stack = stack.unrolled()
         return Inversion(self, stack, z, angles, dtype, given, guidance, cache)
 
     def inverse(
@@ -387,7 +388,7 @@ class Inversion:
         if cache["length"].ndim:
             return cache
         text = self.given.text_length if self.block.proj_text is not None else 0
-        return decoder.in_step(cache, text + slots)
+        return decoder.in_step(cache, text + slots, self.block.config.head_dim)
 
     @property
     def lead(self) -> jax.Array:

@@ -62,7 +62,7 @@ class FlowConfig:
     rope_theta: float = 1e4
     layer_norm_epsilon: float = 1e-5
     rms_norm_epsilon: float = 1e-6
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: decoder.Remat = "none"
 
     def __post_init__(self) -> None:
         if len(self.shallow_layers) != len(self.shallow_orders):
@@ -165,7 +165,9 @@ class DeepBlock(nnx.Module):
 
     def __init__(self, config: FlowConfig, text_width: int, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.proj_text = layers.Linear(text_width, config.width, rngs=rngs, logical=("embed", None))
+        self.proj_text = layers.Linear(
+            text_width, config.width, rngs=rngs, logical=("embed", "embed_out")
+        )
         self.proj_u = layers.Linear(
             config.channels, config.width, rngs=rngs, logical=(None, "embed")
         )

@@ -95,6 +95,11 @@ class Rows:
         image_start: int32 [B, I], index of an image's first LATENT; -1 = no such image.
         image_loss_mask: bool [B, I]: this image's likelihood is trained.
         views: what stands at VIT; None if there is none.
+        text_targets: int32 [B, K], the positions that `text_loss_mask` marks, then -1: the only
+            ones whose text likelihood is computed; None: all are.
+        prefix: int32 [B, P], the positions before each image that hold no image, then -1: the only
+            ones that the VLM runs over, which is all that is needed where adapter and skips are
+            off; None: it runs over all.
     """
 
     tokens: jax.Array
@@ -105,21 +110,27 @@ class Rows:
     image_start: jax.Array
     image_loss_mask: jax.Array
     views: Views | None = None
+    text_targets: jax.Array | None = None
+    prefix: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Which couplings are computed; the others are zero."""
+    """Which couplings are computed, the others are zero; and whether the text has a likelihood."""
 
     adapter: bool = True
     skips: bool = True
     deep: bool = True
+    text: bool = True
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Streams:
-    """Both streams over T positions: e, y [B, T, Dv]; h, g [B, T, Df] (None where deep is off)."""
+    """Both streams over T positions: e, y [B, T, Dv]; h, g [B, T, Df] (None where deep is off).
+
+    Where the rows have a prefix, e and y are of its P positions.
+    """
 
     e: jax.Array
     y: jax.Array
@@ -140,7 +151,8 @@ class Likelihood:
         z: [B, T, C] noise at LATENT positions, zero elsewhere.
         deep_log_det: [B, T, C], -log sigma of the deep block at LATENT positions, zero elsewhere.
         text_log_prob: [B, T], at the target: log p of each TEXT token that has a predecessor in its
-            segment, zero elsewhere.
+            segment (of `Rows.text_targets` alone, where given), zero elsewhere.
+        text_log_partition: [B, T], at the same targets: logsumexp of the logits, zero elsewhere.
         image_log_prob: [B, I], log p of each latent x given all before it, with every constant.
     """
 
@@ -149,7 +161,8 @@ class Likelihood:
     shallow_log_dets: list[jax.Array]
     z: jax.Array | None
     deep_log_det: jax.Array | None
-    text_log_prob: jax.Array
+    text_log_prob: jax.Array | None
+    text_log_partition: jax.Array | None
     image_log_prob: jax.Array | None
 
 
@@ -162,7 +175,7 @@ class Adapter(nnx.Module):
             width,
             width,
             rngs=rngs,
-            logical=("embed", None),
+            logical=("embed", "embed_out"),
             kernel_init=layers.zeros,
             bias_init=layers.zeros,
         )
@@ -183,8 +196,10 @@ class Pretzel(nnx.Module):
         self.shallow = ShallowFlow(flow, rngs=rngs)
         self.deep = DeepBlock(flow, vlm.width, rngs=rngs)
         skip = {"rngs": rngs, "bias": False, "kernel_init": layers.zeros}
-        self.skip_vlm = layers.Linear(vlm.width, flow.width, logical=("embed", None), **skip)
-        self.skip_flow = layers.Linear(flow.width, vlm.width, logical=("embed", None), **skip)
+        self.skip_vlm = layers.Linear(vlm.width, flow.width, logical=("embed", "embed_out"), **skip)
+        self.skip_flow = layers.Linear(
+            flow.width, vlm.width, logical=("embed", "embed_out"), **skip
+        )
 
     def empty_caches(self, rows: int, slots: int) -> dict[str, decoder.Cache]:
         """Caches of both streams for `slots` positions of `rows` rows."""
@@ -205,6 +220,7 @@ class Pretzel(nnx.Module):
         parts: Parts = Parts(),
         caches: dict[str, decoder.Cache] | None = None,
         views: Views | None = None,
+        prefix: jax.Array | None = None,
     ) -> Streams:
         """Feeds T positions through both streams: a whole row, a prompt, or one decode step.
 
@@ -216,26 +232,49 @@ class Pretzel(nnx.Module):
             parts: what is computed.
             caches: see `empty_caches`; None for a whole row.
             views: what stands at VIT positions; None if there is none.
+            prefix: see `Rows`; for whole rows.
+
+        Raises:
+            ValueError: a prefix with adapter or skips, or with views.
         """
         dtype = jnp.dtype(self.config.dtype)
         latent = (kinds == Kind.LATENT)[..., None]
         u = u.astype(dtype)
-        e = self.vlm.embed(tokens, dtype)
-        if parts.adapter:
-            e = jnp.where(latent, e + self.adapter(u), e)
-        if views is not None:
-            e = jnp.where((kinds == Kind.VIT)[..., None], self.vlm.see(views, dtype), e)
-        y, vlm_cache = self.vlm.decode(e, positions, spec, caches and caches["vlm"])
+        vlm_cache = None
+        if prefix is not None:
+            if parts.adapter or parts.skips or views is not None:
+                raise ValueError("adapter, skips and views need the VLM over whole rows")
+            e, y = self._read_prefix(tokens, positions, spec, prefix)
+        else:
+            e = self.vlm.embed(tokens, dtype)
+            if parts.adapter:
+                e = jnp.where(latent, e + self.adapter(u), e)
+            if views is not None:
+                e = jnp.where((kinds == Kind.VIT)[..., None], self.vlm.see(views, dtype), e)
+            y, vlm_cache = self.vlm.decode(e, positions, spec, caches and caches["vlm"])
         if not parts.deep:
             return Streams(e, y, None, None, None)
         visual = self.deep.proj_u(u)
         if parts.skips:
             visual = visual + self.skip_vlm(y)
-        h = jnp.where(latent, visual, self.deep.proj_text(y))
+        plain = self.deep.proj_text(y)
+        if prefix is not None:
+            plain = _scatter(plain, prefix, tokens.shape[1])
+        h = jnp.where(latent, visual, plain)
         angles = self.deep.angles(positions, layers.at_least_float32(dtype))
         g, deep_cache = self.deep.decoder(h, angles, spec, caches and caches["deep"])
         grown = None if caches is None else {"vlm": vlm_cache, "deep": deep_cache}
         return Streams(e, y, h, g, grown)
+
+    def _read_prefix(
+        self, tokens: jax.Array, positions: jax.Array, spec: AttentionSpec, prefix: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """e, y [B, P, Dv] of the positions `prefix` of whole rows, which see each other alone."""
+        at = jnp.maximum(prefix, 0)
+        e = self.vlm.embed(jnp.take_along_axis(tokens, at, 1), jnp.dtype(self.config.dtype))
+        segments = jnp.where(prefix >= 0, jnp.take_along_axis(spec.segments, at, 1), 0)
+        there = jnp.take_along_axis(positions, at[None], 2)
+        return e, self.vlm.decode(e, there, AttentionSpec(causal=True, segments=segments))[0]
 
     def logits(self, y: jax.Array, g: jax.Array | None, parts: Parts = Parts()) -> jax.Array:
         """LM(y + W_flow g): [..., V], at least float32."""
@@ -271,14 +310,13 @@ class Pretzel(nnx.Module):
             AttentionSpec(causal=True, segments=rows.segments),
             parts,
             views=rows.views,
+            prefix=rows.prefix,
         )
         follows = rows.segments[:, 1:] == rows.segments[:, :-1]
-        text = follows & (rows.kinds[:, 1:] == Kind.TEXT)
         before = lambda a: None if a is None else a[:, :-1]
-        text_log_prob = _token_log_prob(
-            self.logits(before(streams.y), before(streams.g), parts), rows.tokens[:, 1:]
-        )
-        text_log_prob = jnp.pad(jnp.where(text, text_log_prob, 0.0), ((0, 0), (1, 0)))
+        text_log_prob = text_log_partition = None
+        if parts.text:
+            text_log_prob, text_log_partition = self._text(rows, streams, follows, parts)
         z = deep_log_det = image_log_prob = None
         if parts.deep:
             latent = (follows & (rows.kinds[:, 1:] == Kind.LATENT))[..., None]
@@ -292,8 +330,37 @@ class Pretzel(nnx.Module):
                 "bit,bt->bi", inside.astype(per_position.dtype), per_position
             ) + sum(d.sum((-1, -2)) for d in log_dets) * (rows.image_start >= 0)
         return Likelihood(
-            streams, outputs, log_dets, z, deep_log_det, text_log_prob, image_log_prob
+            streams,
+            outputs,
+            log_dets,
+            z,
+            deep_log_det,
+            text_log_prob,
+            text_log_partition,
+            image_log_prob,
         )
+
+    def _text(
+        self, rows: Rows, streams: Streams, follows: jax.Array, parts: Parts
+    ) -> tuple[jax.Array, jax.Array]:
+        """`Likelihood.text_log_prob` and `text_log_partition`; follows: bool [B, T - 1]."""
+        if rows.prefix is not None:
+            raise ValueError("where the VLM runs over a prefix, text has no likelihood")
+        text = follows & (rows.kinds[:, 1:] == Kind.TEXT)
+        tokens, at = rows.tokens[:, 1:], rows.text_targets
+        pick = lambda a: a
+        if at is not None:  # [B, K]
+            source = jnp.maximum(at - 1, 0)
+            text = jnp.take_along_axis(text, source, 1) & (at > 0)
+            tokens = jnp.take_along_axis(tokens, source, 1)
+            pick = lambda a: jnp.take_along_axis(a, source[..., None], 1)
+        y = pick(streams.y[:, :-1])
+        if parts.deep and parts.skips:
+            y = y + self.skip_flow(pick(streams.g[:, :-1]))
+        found = [jnp.where(text, each, 0.0) for each in self.vlm.token_log_prob(y, tokens)]
+        if at is None:
+            return tuple(jnp.pad(each, ((0, 0), (1, 0))) for each in found)
+        return tuple(_scatter(each, at, rows.tokens.shape[1]) for each in found)
 
 
 def image_membership(image_start: jax.Array, tokens: int, length: int) -> jax.Array:
@@ -312,9 +379,15 @@ def spread_images(u: jax.Array, image_start: jax.Array, length: int) -> jax.Arra
     return jnp.where(inside.any(1)[..., None], spread, 0.0)
 
 
-def _token_log_prob(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+def _scatter(values: jax.Array, at: jax.Array, length: int) -> jax.Array:
+    """Values [B, K, ...] at the positions int32 [B, K] of a row of `length`; zeros elsewhere.
+
+    Those of a negative position are dropped.
+    """
+    one = lambda values, at: (
+        jnp.zeros((length, *values.shape[1:]), values.dtype).at[at].set(values, mode="drop")
+    )
+    return jax.vmap(one)(values, jnp.where(at < 0, length, at))
 
 
 def bits_per_dim(log_prob: jax.Array, dims: int) -> jax.Array:

@@ -19,7 +19,7 @@ from starflow2_jax.models.qwen2_5_vision import (
     VisionTower,
     published_tower,
 )
-from starflow2_jax.nn import decoder, layers, partition, rope
+from starflow2_jax.nn import cross_entropy, decoder, layers, partition, rope
 from starflow2_jax.nn.attention import AttentionSpec
 
 
@@ -234,7 +234,7 @@ class Qwen25VL(nnx.Module):
             return scale * jax.random.normal(key, shape, dtype)
 
         table = (config.vocab_size, config.width)
-        self.embedding = layers.parameter(rngs, normal, table, ("vocab", "embed"))
+        self.embedding = layers.parameter(rngs, normal, table, (None, "table"))
         self.decoder = decoder.Decoder(config.decoder(), rngs=rngs)
         self.head = nnx.data(
             None if config.tied else layers.parameter(rngs, normal, table, ("vocab", "embed"))
@@ -245,10 +245,8 @@ class Qwen25VL(nnx.Module):
 
     def embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """int32 [B, T] -> [B, T, D] in `dtype`."""
-        # Gathered over the shards of its width, like every weight; a look-up in the cut table would
-        # come out as the whole batch on every device.
-        table = partition.constrain(self.embedding[...].astype(dtype), ("vocab", None))
-        return partition.constrain(table[tokens], ("batch", "length", "embed_activation"))
+        rows = partition.look_up(self.embedding[...].astype(dtype), tokens)
+        return partition.constrain(rows, ("batch", "length", "embed_activation"))
 
     def see(self, views: Views, dtype: jnp.dtype) -> jax.Array:
         """Embeddings of the pictures at their positions of the rows: [B, T, D], zero elsewhere.
@@ -292,6 +290,18 @@ class Qwen25VL(nnx.Module):
         """[..., D] -> [..., V], at least float32."""
         head = self.embedding if self.head is None else self.head
         wide = layers.at_least_float32(y.dtype)
-        return jnp.einsum(
-            "...d,vd->...v", y, head[...].astype(y.dtype), preferred_element_type=wide
-        )
+        names = ("table", None) if self.head is None else ("embed", "vocab")
+        return partition.product(y, head[...].T, names, wide)
+
+    def token_log_prob(self, y: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """log softmax(logits(y)) at one token each, and the log partition; never all logits.
+
+        Args:
+            y: [B, T, D].
+            tokens: int32 [B, T].
+
+        Returns:
+            Two arrays [B, T], at least float32; nats.
+        """
+        head = self.embedding if self.head is None else self.head
+        return cross_entropy.token_log_prob(y, head[...], tokens)

@@ -10,13 +10,16 @@ import math
 import jax
 import jax.numpy as jnp
 
-from starflow2_jax.nn import partition
+from starflow2_jax.nn import attention_kernels, partition
 from starflow2_jax.nn.layers import at_least_float32
 
 # Causal attention of at least this many positions is done for parts of the queries, each with the
 # keys up to its end.
 CAUSAL_SIZE = 64
 CAUSAL_PARTS = 4
+# On an accelerator, attention of at least this many positions is its own kernel's.
+KERNEL_SIZE = 128
+TPU_LANES = 128
 
 
 @jax.tree_util.register_dataclass
@@ -47,20 +50,94 @@ class AttentionSpec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Past:
-    """One layer's cached keys and values [B, M, K, d]; the first length, [B] or [], are real."""
+    """One layer's cached keys and values [B, M, K, d]; the first length, [B], are real.
+
+    Or folded, see `cache_fold`: [B, M, K / F, F d].
+    """
 
     k: jax.Array
     v: jax.Array
     length: jax.Array
 
-    def extended(self, k: jax.Array, v: jax.Array) -> "Past":
-        """With k, v [B, T, K, d] behind the length, of rows that have one length, []."""
 
-        def write(store: jax.Array, new: jax.Array) -> jax.Array:
-            new = new.astype(store.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(store, new, self.length, axis=1)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """One layer's cache that is written before it is read: `extended`, then `attend_written`.
 
-        return Past(write(self.k, k), write(self.v, v), self.length + k.shape[1])
+    Attributes:
+        k: keys [B, K, d, M], as their product with the queries reads them.
+        v: values [B, K, M, d], as their product with the weights does.
+        length: int32 [] or, one for each row, [B]: so many slots are real.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    length: jax.Array
+
+    def extended(self, k: jax.Array, v: jax.Array, lengths: jax.Array | None = None) -> "Slots":
+        """With the first `lengths`, [B], of k, v [B, T, K, d] behind the length; None: all of them.
+
+        `length` stays. Beyond the last slot nothing is written where rows have lengths of their
+        own; where they have one, the caller has seen to it that there is room.
+        """
+        k = k.transpose(0, 2, 3, 1).astype(self.k.dtype)  # [B, K, d, T]
+        v = v.transpose(0, 2, 1, 3).astype(self.v.dtype)  # [B, K, T, d]
+        rows, size = len(k), k.shape[3]
+        if self.length.ndim == 0:
+            if lengths is not None:
+                raise ValueError("rows of one length all grow by as much")
+            put = jax.lax.dynamic_update_slice_in_dim
+            return Slots(
+                put(self.k, k, self.length, 3), put(self.v, v, self.length, 2), self.length
+            )
+        step = jnp.arange(size)
+        slot = self.length[:, None] + step  # [B, T]
+        if lengths is not None:
+            slot = jnp.where(step < lengths[:, None], slot, self.k.shape[3])
+        row = jnp.arange(rows)[:, None]
+        return Slots(
+            self.k.at[row, :, :, slot].set(k.transpose(0, 3, 1, 2), mode="drop"),
+            self.v.at[row, :, slot].set(v.transpose(0, 2, 1, 3), mode="drop"),
+            self.length,
+        )
+
+
+def cache_fold(kv_heads: int, head_dim: int) -> int:
+    """F, kv heads that lie side by side in a cache: TPUs keep last axes of 128, and fill up others.
+
+    Narrow heads would take twice the memory, and twice the time to read.
+    """
+    fold = TPU_LANES // head_dim if TPU_LANES % head_dim == 0 else 1
+    return fold if _platform() == "tpu" and kv_heads % fold == 0 else 1
+
+
+def _folded(
+    q: jax.Array, k: jax.Array, v: jax.Array, fold: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same attention with F kv heads as one: each of its queries is zero beside its own head.
+
+    Args:
+        q: [B, T, K, G, d].
+        k, v: [B, T, K, d].
+        fold: F.
+
+    Returns:
+        [B, T, K / F, F G, F d] and twice [B, T, K / F, F d].
+    """
+    b, t, kv_heads, groups, d = q.shape
+    own = jnp.eye(fold, dtype=q.dtype)
+    q = q.reshape(b, t, kv_heads // fold, fold, groups, 1, d) * own[:, None, :, None]
+    wide = lambda a: a.reshape(*a.shape[:2], kv_heads // fold, fold * d)
+    return q.reshape(b, t, kv_heads // fold, fold * groups, fold * d), wide(k), wide(v)
+
+
+def _unfolded(mixed: jax.Array, fold: int) -> jax.Array:
+    """[B, T, K / F, F G, F d] of folded heads -> [B, T, K, G, d]."""
+    b, t, kv_heads, groups, d = mixed.shape
+    apart = mixed.reshape(b, t, kv_heads, fold, groups // fold, fold, d // fold)
+    own = jnp.stack([apart[:, :, :, n, :, n] for n in range(fold)], axis=3)
+    return own.reshape(b, t, kv_heads * fold, groups // fold, d // fold)
 
 
 def _visible(spec: AttentionSpec, rows: int, size: int) -> jax.Array:
@@ -102,9 +179,28 @@ def attend(
     if past is not None and spec.segments is not None:
         raise ValueError("a cached row is one segment: pass lengths, not segments, with a cache")
     rows, size = q.shape[:2]
+    if past is None and size >= KERNEL_SIZE:
+        platform = _platform()
+        if platform == "tpu":
+            return _attend_by_splash(q, k, v, spec)
+        if platform == "cuda":
+            return _attend_by_cudnn(q, k, v, spec)
+    # Of folded heads, the scores are those of the narrow ones: scale first.
+    q, fold = _scaled(q, spec), 1 if past is None else past.k.shape[-1] // q.shape[-1]
+    if fold > 1:
+        q, k, v = _folded(q, k, v, fold)
+    mixed = _attend_by_xla(q, k, v, spec, past)
+    mixed = mixed if fold == 1 else _unfolded(mixed, fold)
+    return partition.constrain(mixed, ("batch", "length", "heads", None, None))
+
+
+def _attend_by_xla(
+    q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, past: Past | None
+) -> jax.Array:
+    """`attend` by plain products, with all scores at once; q is scaled."""
+    rows, size = q.shape[:2]
     wide = at_least_float32(q.dtype)
     smallest = jnp.finfo(wide).min
-    q = _scaled(q, spec)
 
     def scores(keys: jax.Array, queries: jax.Array = q) -> jax.Array:
         return jnp.einsum("btkgd,bskd->bkgts", queries, keys, preferred_element_type=wide)
@@ -133,6 +229,46 @@ def attend(
     return seen_before + jnp.einsum("bkgts,bskd->btkgd", weights[..., slots:], v)
 
 
+def _platform() -> str:
+    """Of the mesh in context, which may be of devices that are not here; or of this process."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    return "cuda" if platform == "gpu" else platform
+
+
+def _attend_by_splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, interpret: bool = False
+) -> jax.Array:
+    """`attend` without a past by TPU's splash kernel."""
+    kernels = attention_kernels
+    # Narrower heads are filled up with zeros, which change no score and give zeros.
+    wide = next((d for d in kernels.SPLASH_HEAD_DIMS if d >= q.shape[-1]), None)
+    if wide is None:
+        raise ValueError(f"TPU attention has heads of at most 128 dims, not {q.shape[-1]}")
+    if partition.axis_extent("length") > 1:
+        raise ValueError("TPU attention wants whole rows on a device: sequence=1 in the mesh")
+    fill = lambda a: jnp.pad(a, ((0, 0),) * (a.ndim - 1) + ((0, wide - a.shape[-1]),))
+    segments = spec.segments
+    if spec.lengths is not None:
+        # What does not exist is a segment of its own: it is seen by none that does.
+        exists = jnp.arange(q.shape[1])[None] < spec.lengths[:, None]
+        segments = jnp.where(exists, 1 if segments is None else segments, -2)
+    mixed = kernels.splash(
+        fill(_scaled(q, spec)), fill(k), fill(v), segments, spec.causal, interpret
+    )
+    return mixed[..., : q.shape[-1]]
+
+
+def _attend_by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> jax.Array:
+    """`attend` without a past by cuDNN."""
+    if spec.segments is not None and spec.lengths is not None:
+        raise ValueError("cuDNN attention takes segments or lengths, not both")
+    if partition.axis_extent("length") > 1:
+        raise ValueError("cuDNN attention wants whole rows on a device: sequence=1 in the mesh")
+    q = q if spec.temperature is None else _scaled(q, spec) * math.sqrt(q.shape[-1])
+    return attention_kernels.cudnn(q, k, v, spec.lengths, spec.segments, spec.causal)
+
+
 def _scaled(q: jax.Array, spec: AttentionSpec) -> jax.Array:
     q = q * (1.0 / math.sqrt(q.shape[-1]))
     if spec.temperature is None:
@@ -141,13 +277,13 @@ def _scaled(q: jax.Array, spec: AttentionSpec) -> jax.Array:
     return (q / temperature).astype(q.dtype)
 
 
-def attend_written(q: jax.Array, past: Past, spec: AttentionSpec) -> jax.Array:
-    """`attend` for rows of one length, whose T own positions are the last of `past`.
+def attend_written(q: jax.Array, slots: Slots, spec: AttentionSpec) -> jax.Array:
+    """`attend` for T positions whose own keys and values are in the slots behind the length.
 
     Args:
         q: [B, T, K, G, d].
-        past: see `Past.extended`.
-        spec: causal, without segments or lengths.
+        slots: see `Slots.extended`.
+        spec: causal, without segments.
 
     Returns:
         [B, T, K, G, d] in q's dtype.
@@ -155,25 +291,18 @@ def attend_written(q: jax.Array, past: Past, spec: AttentionSpec) -> jax.Array:
     Raises:
         ValueError: another spec.
     """
-    if not spec.causal or spec.segments is not None or spec.lengths is not None:
-        raise ValueError("rows of one length are causal, without segments or lengths")
-    size, groups = q.shape[1], q.shape[3]
+    if not spec.causal or spec.segments is not None:
+        raise ValueError("rows with a cache are causal, without segments")
     wide = at_least_float32(q.dtype)
     q = _scaled(q, spec)
-    last = past.length - size + jnp.arange(size)  # [T]
-    seen = jnp.arange(past.k.shape[1]) <= last[:, None]  # [T, M]
-    if size == groups == 1:
-        # No product of matrices is in it. As sums of products the cache is read where it lies; a
-        # batched product would first make a copy of it with the heads in front.
-        scores = (q[:, :, :, 0].astype(wide) * past.k.astype(wide)).sum(-1)  # [B, M, K]
-        scores = jnp.where(seen[0][:, None], scores, jnp.finfo(wide).min)
-        weights = jax.nn.softmax(scores, axis=1)
-        mixed = (weights[..., None] * past.v.astype(wide)).sum(1, keepdims=True)
-        return mixed[:, :, :, None].astype(q.dtype)
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, past.k.astype(q.dtype), preferred_element_type=wide)
-    scores = jnp.where(seen, scores, jnp.finfo(wide).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, past.v.astype(q.dtype))
+    last = slots.length[..., None] + jnp.arange(q.shape[1])  # [T] or [B, T]
+    seen = jnp.arange(slots.k.shape[3]) <= last[..., None]  # [T, M] or [B, T, M]
+    if seen.ndim == 3:
+        seen = seen[:, None, None]
+    k, v = slots.k.astype(q.dtype), slots.v.astype(q.dtype)
+    scores = jnp.einsum("btkgd,bkds->bkgts", q, k, preferred_element_type=wide)
+    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(wide).min), axis=-1)
+    return jnp.einsum("bkgts,bksd->btkgd", weights.astype(q.dtype), v)
 
 
 def _attend_in_windows(

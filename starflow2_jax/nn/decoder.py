@@ -13,18 +13,24 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from starflow2_jax.nn import attention, layers, partition, rope
+from starflow2_jax.nn import attention, attention_kernels, layers, partition, rope
 
 Cache = dict[str, Any]
 
 # Stacks of at most this size are unrolled to sample from them: their weights are then there twice.
 UNROLLED_BYTES = 2**30
 
+# What the backward pass needs of a layer besides its input, but for what is elementwise.
+PRODUCTS = ("qkv", attention_kernels.RESIDUALS, "attended", *layers.MLP_PRODUCTS)
+
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "products": jax.checkpoint_policies.save_only_these_names(*PRODUCTS),
 }
+Remat = Literal["none", "dots", "products", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +41,9 @@ class DecoderConfig:
         norm: "layer" (LayerNorm), "rms" (gain = weight).
         mlp: "gelu" (exact, two matrices) or "swiglu" (three).
         final_norm: none, "layer", "rms" (gain = weight) or "rms_unit_offset" (gain = 1 + weight).
-        remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "full".
+        remat: what the backward pass recomputes: "none"; "dots", all but matrix products;
+            "products", all but the matrix products and the attention that it needs (weights are
+            gathered again, too); "full", each layer from its input.
         window: positions per window of local attention; 0: no layer has any.
         whole_layers: layers that see past the windows.
         qk_norm: queries and keys have an RMSNorm over each head, before the rotation.
@@ -56,7 +64,7 @@ class DecoderConfig:
     norm_epsilon: float
     final_norm: Literal["none", "layer", "rms", "rms_unit_offset"] = "none"
     final_norm_epsilon: float = 1e-6
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Remat = "none"
     window: int = 0
     whole_layers: tuple[int, ...] = ()
     qk_norm: bool = False
@@ -98,15 +106,17 @@ class Attention(nnx.Module):
         x: jax.Array,
         rotation: tuple[jax.Array, jax.Array] | None,
         spec: attention.AttentionSpec,
-        past: attention.Past | None,
+        past: attention.Past | attention.Slots | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """[B, T, D] -> [B, T, D], and this call's rotated keys and values [B, T, K, d].
 
-        Where rows are in step (`in_step`): all keys and values, [B, M, K, d].
+        With `Slots`: theirs, the new ones among them.
         """
         c = self.config
         groups = c.heads // c.kv_heads
-        qkv = self.qkv(x).reshape(*x.shape[:2], c.kv_heads, groups + 2, c.head_dim)
+        qkv = checkpoint_name(self.qkv(x), "qkv").reshape(
+            *x.shape[:2], c.kv_heads, groups + 2, c.head_dim
+        )
         qkv = partition.constrain(qkv, ("batch", "length", "heads", None, None))
         q, k, v = qkv[..., :groups, :], qkv[..., groups, :], qkv[..., groups + 1, :]
         if self.q_norm is not None:
@@ -116,8 +126,8 @@ class Attention(nnx.Module):
         # Under a sharded length every query needs every key of its row.
         k = partition.constrain(k, ("batch", None, "heads", None))
         v = partition.constrain(v, ("batch", None, "heads", None))
-        if past is not None and past.length.ndim == 0:
-            past = past.extended(k, v)
+        if isinstance(past, attention.Slots):
+            past = past.extended(k, v, spec.lengths)
             k, v = past.k, past.v
             mixed = attention.attend_written(q, past, spec)
         else:
@@ -160,14 +170,15 @@ class DecoderLayer(nnx.Module):
         x: jax.Array,
         rotation: tuple[jax.Array, jax.Array] | None,
         spec: attention.AttentionSpec,
-        past: attention.Past | None,
+        past: attention.Past | attention.Slots | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """[B, T, D] -> [B, T, D], and this call's rotated keys and values [B, T, K, d].
 
-        Where rows are in step (`in_step`): all keys and values, [B, M, K, d].
+        With `Slots`: theirs, the new ones among them.
         """
         mixed, kv = self.attention(self.attention_norm(x), rotation, spec, past)
-        x = x + (mixed if self.attention_scale is None else self.attention_scale(mixed))
+        mixed = mixed if self.attention_scale is None else self.attention_scale(mixed)
+        x = checkpoint_name(x + mixed, "attended")
         hidden = self.mlp(self.mlp_norm(x))
         x = x + (hidden if self.mlp_scale is None else self.mlp_scale(hidden))
         return partition.constrain(x, ("batch", "length", "embed_activation")), kv
@@ -177,9 +188,11 @@ def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) 
     """A cache of `slots` positions: k, v [L, B, M, K, d] and length int32 [B].
 
     One of no slots is the start of a prompt: the call it is given to attends to nothing but its own
-    T positions, and returns a cache of T slots.
+    T positions, and returns a cache of T slots. On TPUs, narrow heads are folded: see
+    `attention.cache_fold`.
     """
-    shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
+    fold = attention.cache_fold(config.kv_heads, config.head_dim)
+    shape = (config.layers, rows, slots, config.kv_heads // fold, config.head_dim * fold)
     return {
         "k": jnp.zeros(shape, dtype),
         "v": jnp.zeros(shape, dtype),
@@ -195,6 +208,7 @@ def _append(cache: Cache, k: jax.Array, v: jax.Array, lengths: jax.Array | None)
     rows, size = k.shape[1], k.shape[2]
     slots = cache["k"].shape[2]
     taken = jnp.full((rows,), size, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+    k, v = (new.reshape(*new.shape[:3], *cache["k"].shape[3:]) for new in (k, v))
     if not slots:
         dtype = cache["k"].dtype
         return {"k": k.astype(dtype), "v": v.astype(dtype), "length": taken}
@@ -214,6 +228,11 @@ def _append(cache: Cache, k: jax.Array, v: jax.Array, lengths: jax.Array | None)
     }
 
 
+def slots_of(cache: Cache) -> int:
+    """M, of a cache of either form."""
+    return cache["k"][0].shape[3] if isinstance(cache["k"], tuple) else cache["k"].shape[2]
+
+
 def with_slots(cache: Cache, slots: int) -> Cache:
     """The cache, grown to `slots` slots per row."""
     more = max(0, slots - cache["k"].shape[2])
@@ -221,29 +240,40 @@ def with_slots(cache: Cache, slots: int) -> Cache:
     return {"k": grow(cache["k"]), "v": grow(cache["v"]), "length": cache["length"]}
 
 
-def in_step(cache: Cache, slots: int) -> Cache:
-    """The form of a cache for a sampler whose rows all have the same length.
+def apart(cache: Cache, slots: int, head_dim: int) -> Cache:
+    """The form of a cache for `Decoder.unrolled`: arrays of its own for each layer.
 
-    One array [B, M, K, d] for each layer in place of a stacked one, and one length, int32 []: each
-    layer writes its own in place and then reads it. For `Decoder.unrolled`.
+    k: [B, K, d, M] and v: [B, K, M, d] of each. A layer writes its own in place and then reads them
+    (`attention.Slots`).
 
     Args:
-        cache: of either form; its rows have the same length.
-        slots: M of the result, at least the length.
+        cache: of either form.
+        slots: M of the result, at least every row's length.
+        head_dim: d; the given cache may be folded, see `attention.cache_fold`.
     """
 
-    def resized(store: jax.Array) -> jax.Array:
-        if slots <= store.shape[1]:
-            return store[:, :slots]
-        return jnp.pad(store, ((0, 0), (0, slots - store.shape[1]), (0, 0), (0, 0)))
+    def resized(store: jax.Array, axis: int) -> jax.Array:
+        size = store.shape[axis]
+        if slots <= size:
+            return jax.lax.slice_in_dim(store, 0, slots, axis=axis)
+        return jnp.pad(store, [(0, slots - size if n == axis else 0) for n in range(4)])
 
-    layers_of = lambda stores: tuple(resized(stores[n]) for n in range(len(stores)))
-    length = cache["length"]
+    k, v = cache["k"], cache["v"]
+    if not isinstance(k, tuple):
+        single = lambda a: a.reshape(*a.shape[:3], -1, head_dim)
+        k = tuple(single(k).transpose(0, 1, 3, 4, 2))
+        v = tuple(single(v).transpose(0, 1, 3, 2, 4))
     return {
-        "k": layers_of(cache["k"]),
-        "v": layers_of(cache["v"]),
-        "length": length if length.ndim == 0 else length[0],
+        "k": tuple(resized(store, 3) for store in k),
+        "v": tuple(resized(store, 2) for store in v),
+        "length": cache["length"],
     }
+
+
+def in_step(cache: Cache, slots: int, head_dim: int) -> Cache:
+    """`apart`, for rows that have the same length and keep it: one length, int32 []."""
+    length = cache["length"]
+    return apart(cache, slots, head_dim) | {"length": length if length.ndim == 0 else length[0]}
 
 
 def _looped(body: Callable, x: jax.Array, xs: tuple) -> tuple[jax.Array, list]:
@@ -286,6 +316,16 @@ class Decoder(nnx.Module):
         stack.layers = nnx.List([layer(n) for n in range(self.config.layers)])
         return stack
 
+    def held(self, cache: Cache, slots: int) -> Cache:
+        """The cache with at least `slots` slots, in the form in which this stack samples fastest.
+
+        Unrolled layers have their slots `apart`; a scan reads the stacked ones and is written to
+        once, after it.
+        """
+        if not isinstance(self.layers, nnx.List):
+            return with_slots(cache, slots)
+        return apart(cache, max(slots, slots_of(cache)), self.config.head_dim)
+
     @property
     def small(self) -> bool:
         """Whether the stack may be unrolled."""
@@ -306,7 +346,7 @@ class Decoder(nnx.Module):
             angles: rotary angles [B or 1, T, d/2] in at least float32, or None.
             spec: who sees whom among the T positions.
             cache: see `empty_cache`; the layer scan only reads it, the new keys and values are
-                appended once after it.
+                appended once after it. Or, for `unrolled` layers, see `apart`.
 
         Returns:
             [B, T, D] and the grown cache (None if none was given).
@@ -314,12 +354,13 @@ class Decoder(nnx.Module):
         rotation = None if angles is None else (jnp.cos(angles), jnp.sin(angles))
         x = partition.constrain(x, ("batch", "length", "embed_activation"))
 
-        in_place = cache is not None and cache["length"].ndim == 0
+        in_place = cache is not None and isinstance(cache["k"], tuple)
 
         def body(x: jax.Array, layer_and_past: tuple) -> tuple:
             layer, k, v, whole = layer_and_past
             fresh = cache is None or (not in_place and not cache["k"].shape[2])
-            past = None if fresh else attention.Past(k, v, cache["length"])
+            form = attention.Slots if in_place else attention.Past
+            past = None if fresh else form(k, v, cache["length"])
             here = spec
             if whole is not None:
                 here = dataclasses.replace(spec, window=self.config.window, whole=whole)
@@ -344,5 +385,6 @@ class Decoder(nnx.Module):
         if cache is None:
             return x, None
         if in_place:
-            return x, {"k": new[0], "v": new[1], "length": cache["length"] + x.shape[1]}
+            grown = x.shape[1] if spec.lengths is None else spec.lengths
+            return x, {"k": new[0], "v": new[1], "length": cache["length"] + grown}
         return x, _append(cache, *new, spec.lengths)

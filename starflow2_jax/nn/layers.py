@@ -12,8 +12,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from starflow2_jax.nn import partition
+
+MLP_PRODUCTS = ("up", "gate")
+"""Names of the MLPs' first products, for rematerialisation policies."""
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -66,6 +70,7 @@ class Linear(nnx.Module):
         bias_init: Initializer | None = None,
     ) -> None:
         default = uniform_fan_in(in_features)
+        self.logical = logical
         self.kernel = parameter(
             rngs, kernel_init or default, (in_features, out_features), logical, stack
         )
@@ -77,14 +82,17 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., out]."""
-        kernel = self.kernel[...].astype(x.dtype)
+        kernel = self.kernel[...]
         # The weight gradient of a product over several leading axes is several times slower on CPU
         # than over one; only a sharded length forbids merging them.
         if partition.axis_extent("length") == 1:
-            y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+            flat = partition.product(x.reshape(-1, x.shape[-1]), kernel, self.logical)
+            y = flat.reshape(*x.shape[:-1], -1)
         else:
-            y = x @ kernel
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+            y = partition.product(x, kernel, self.logical)
+        if self.bias is None:
+            return y
+        return y + partition.gathered(self.bias[...], self.logical[1:], x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -95,8 +103,8 @@ class LayerNorm(nnx.Module):
     ) -> None:
         del rngs
         self.epsilon = epsilon
-        self.scale = nnx.Param(jnp.ones((*stack, features), jnp.float32), logical=("embed",))
-        self.bias = nnx.Param(jnp.zeros((*stack, features), jnp.float32), logical=("embed",))
+        self.scale = nnx.Param(jnp.ones((*stack, features), jnp.float32), logical=(None,))
+        self.bias = nnx.Param(jnp.zeros((*stack, features), jnp.float32), logical=(None,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D], in x's dtype."""
@@ -118,7 +126,7 @@ class RMSNorm(nnx.Module):
         epsilon: float = 1e-6,
         unit_offset: bool = False,
         stack: tuple[int, ...] = (),
-        logical: tuple[str | None] = ("embed",),
+        logical: tuple[str | None] = (None,),
     ) -> None:
         del rngs
         self.epsilon = epsilon
@@ -158,8 +166,8 @@ class GeluMLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        hidden = self.up(x)
-        hidden = partition.constrain(hidden, ("batch", "length", "mlp"))
+        hidden = checkpoint_name(self.up(x), "up")
+        hidden = partition.constrain(hidden, ("batch_in_mlp", "length", "mlp"))
         return self.down(jax.nn.gelu(hidden, approximate=False))
 
 
@@ -176,5 +184,6 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        hidden = jax.nn.silu(self.gate(x)) * self.up(x)
-        return self.down(partition.constrain(hidden, ("batch", "length", "mlp")))
+        gate, up = checkpoint_name(self.gate(x), "gate"), checkpoint_name(self.up(x), "up")
+        hidden = jax.nn.silu(gate) * up
+        return self.down(partition.constrain(hidden, ("batch_in_mlp", "length", "mlp")))

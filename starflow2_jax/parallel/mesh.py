@@ -1,6 +1,6 @@
-"""The device mesh: four axes, from slow links to fast ones.
+"""The device mesh: five axes, from slow links to fast ones.
 
-`data` may span slices (DCN); `fsdp`, `tensor` and `sequence` want to stay inside one (ICI, NVLink).
+`data` may span slices (DCN); the others want to stay inside one (ICI, NVLink).
 """
 
 import collections
@@ -16,7 +16,9 @@ from jax.sharding import AxisType, Mesh
 
 from starflow2_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor", "sequence")
+AXES = ("data", "fsdp", "columns", "tensor", "sequence")
+BATCH_AXES = ("data", "fsdp", "columns")
+"""Those that share out a batch's rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,17 +28,21 @@ class MeshConfig:
     Attributes:
         data: replicas of the parameters, each with its share of the batch; across slices.
         fsdp: shards of parameters and optimiser state, and of the batch.
+        columns: the same, but along the other axis of each matrix. Cut along both, a matrix of a
+            layer is whole tiles on each of hundreds of devices, and its gradient is scattered
+            where along one axis it would be reduced everywhere.
         tensor: shards of heads, MLP and vocabulary.
         sequence: shards of a row's positions.
     """
 
     data: int = 1
     fsdp: int = -1
+    columns: int = 1
     tensor: int = 1
     sequence: int = 1
 
-    def sizes(self, devices: int) -> tuple[int, int, int, int]:
-        """The four sizes for this many devices, -1 filled in.
+    def sizes(self, devices: int) -> tuple[int, int, int, int, int]:
+        """The five sizes for this many devices, -1 filled in.
 
         Raises:
             ValueError: a size that is neither positive nor -1, several -1, or sizes whose product
@@ -81,7 +87,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
-def _across_slices(sizes: Sequence[int], slices: int) -> tuple[int, int, int, int]:
+def _across_slices(sizes: Sequence[int], slices: int) -> tuple[int, int, int, int, int]:
     """How many of each axis' shards lie in different slices: data first, what remains fsdp.
 
     Raises:
@@ -93,13 +99,13 @@ def _across_slices(sizes: Sequence[int], slices: int) -> tuple[int, int, int, in
         text = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
         raise ValueError(
             f"mesh ({text}): {slices} slices need data (best) or data * fsdp to be a multiple of "
-            f"{slices}; tensor and sequence stay inside a slice"
+            f"{slices}; the other axes stay inside a slice"
         )
-    return data, fsdp, 1, 1
+    return data, fsdp, 1, 1, 1
 
 
 def arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
-    """Devices in mesh order [data, fsdp, tensor, sequence]; see `make_mesh`.
+    """Devices in mesh order [data, fsdp, columns, tensor, sequence]; see `make_mesh`.
 
     Raises:
         ValueError: see `MeshConfig.sizes`; or several slices that the mesh cannot span.
@@ -120,7 +126,7 @@ def arrange(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh with axes data, fsdp, tensor, sequence over all devices of all processes.
+    """The mesh with axes data, fsdp, columns, tensor, sequence over all devices of all processes.
 
     Args:
         config: sizes.
@@ -133,15 +139,24 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None =
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_batch(rows: int, mesh: Mesh) -> None:
-    """Checks that each device of the data and fsdp axes gets equally many of a batch's rows.
+def check_batch(rows: int, mesh: Mesh, parts: int = 1) -> None:
+    """Checks that each device of the batch's axes gets equally many of a batch's rows.
+
+    Args:
+        rows: of the batch.
+        mesh: see `make_mesh`.
+        parts: that the batch is run in, one after another.
 
     Raises:
         ValueError: it does not.
     """
-    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
-    if rows % (data * fsdp):
+    names = [axis for axis in BATCH_AXES if axis in ("data", "fsdp") or mesh.shape[axis] > 1]
+    sizes = [mesh.shape[axis] for axis in names]
+    shares = math.prod(sizes)
+    if rows % (shares * parts):
+        over = f"{' x '.join(names)} = {' x '.join(map(str, sizes))} = {shares} devices"
+        over += f" in {parts} parts" if parts > 1 else ""
         raise ValueError(
-            f"a batch of {rows} rows cannot be shared out over data x fsdp = {data} x {fsdp} = "
-            f"{data * fsdp} devices: use a multiple of {data * fsdp} rows, or a smaller fsdp"
+            f"a batch of {rows} rows cannot be shared out over {over}: use a multiple of "
+            f"{shares * parts} rows, or a smaller fsdp"
         )

@@ -9,30 +9,57 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from starflow2_jax.nn import partition
-from starflow2_jax.parallel.mesh import check_batch
+from starflow2_jax.parallel.mesh import BATCH_AXES, check_batch
 
 Model = TypeVar("Model", bound=nnx.Module)
 
 RULES: dict[str, partition.MeshAxes] = {
-    "batch": ("data", "fsdp"),
+    "batch": BATCH_AXES,
     "length": "sequence",
-    # Of parameters: each layer's weights are gathered over fsdp when the layer runs.
+    # Of parameters: each layer's weights are gathered over fsdp and columns when the layer runs.
     "embed": "fsdp",
+    "heads": ("columns", "tensor"),
+    "mlp": ("columns", "tensor"),
+    "vocab": ("columns", "tensor"),
+    # The embedding's width: a row is looked up where its columns are.
+    "table": ("fsdp", "columns"),
+    # The other width of a square matrix.
+    "embed_out": "columns",
     # Of activations: fsdp already carries their batch.
     "embed_activation": None,
-    "heads": "tensor",
-    "mlp": "tensor",
-    "vocab": "tensor",
+}
+
+# Of the hidden state of an MLP, whose second axis may be the one that is cut.
+RULES["batch_in_mlp"] = RULES["batch"]
+
+# To sample: a step has a few rows, and would gather all weights for each. Weights stay, cut over
+# all devices, rows travel; each device keeps the caches of its rows.
+SERVING: dict[str, partition.MeshAxes] = {
+    "batch": BATCH_AXES,
+    "batch_in_mlp": None,
+    "length": None,
+    "embed": None,
+    "heads": BATCH_AXES,
+    "mlp": BATCH_AXES,
+    "vocab": BATCH_AXES,
+    "table": BATCH_AXES,
+    "embed_out": BATCH_AXES,
+    "embed_activation": None,
+    partition.STATIONARY: BATCH_AXES,
 }
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh) -> Iterator[Mesh]:
-    """Puts the mesh and the table in context: sharding constraints inside the models take effect.
+def use(mesh: Mesh, table: Mapping[str, partition.MeshAxes] = RULES) -> Iterator[Mesh]:
+    """Puts the mesh and a table in context: sharding constraints inside the models take effect.
 
     Call it around, not inside, jitted functions.
+
+    Args:
+        mesh: see `mesh.make_mesh`.
+        table: `RULES`, or `SERVING` to sample.
     """
-    with jax.set_mesh(mesh), partition.use_rules(RULES):
+    with jax.set_mesh(mesh), partition.use_rules(table):
         yield mesh
 
 
@@ -40,14 +67,14 @@ def _is_variable(leaf: Any) -> bool:
     return isinstance(leaf, nnx.Variable)
 
 
-def _sharding(leaf: Any, mesh: Mesh) -> Any:
+def _sharding(leaf: Any, mesh: Mesh, table: Mapping[str, partition.MeshAxes]) -> Any:
     if not _is_variable(leaf):
         return NamedSharding(mesh, PartitionSpec())
     names = leaf.get_metadata().get("logical", ())
-    return leaf.replace(NamedSharding(mesh, partition.spec(names, leaf.shape, RULES, mesh.shape)))
+    return leaf.replace(NamedSharding(mesh, partition.spec(names, leaf.shape, table, mesh.shape)))
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh, table: Mapping[str, partition.MeshAxes] = RULES) -> Any:
     """The sharding of every array of a state of parameters, gradients or an optimiser.
 
     Args:
@@ -55,6 +82,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
             nnx.State keeps them); arrays or shapes. A variable is cut by its `logical` names,
             anything else (step, seed, counters) is on every device.
         mesh: see `mesh.make_mesh`.
+        table: see `use`.
 
     Returns:
         The same structure with a NamedSharding for each array.
@@ -62,7 +90,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     Raises:
         KeyError: a logical name that the table does not have.
     """
-    return jax.tree.map(lambda leaf: _sharding(leaf, mesh), tree, is_leaf=_is_variable)
+    return jax.tree.map(lambda leaf: _sharding(leaf, mesh, table), tree, is_leaf=_is_variable)
 
 
 def shards(state: nnx.State, mesh_shape: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
@@ -83,28 +111,35 @@ def shards(state: nnx.State, mesh_shape: Mapping[str, int]) -> dict[str, tuple[i
     return cut
 
 
-def abstract(tree: Any, mesh: Mesh) -> Any:
+def abstract(tree: Any, mesh: Mesh, table: Mapping[str, partition.MeshAxes] = RULES) -> Any:
     """ShapeDtypeStructs with the shardings of `shardings`: what a restore needs."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
-        shardings(tree, mesh),
+        shardings(tree, mesh, table),
     )
 
 
-def born_sharded(make_model: Callable[[], Model], mesh: Mesh) -> Model:
+def born_sharded(
+    make_model: Callable[[], Model], mesh: Mesh, given: Mapping[str, nnx.State] | None = None
+) -> Model:
     """Makes a model whose parameters never exist unsharded on any one device.
 
     Args:
         make_model: builds the model, without arguments: `lambda: Pretzel(config, rngs=...)`.
         mesh: see `mesh.make_mesh`.
+        given: parameters that there are already, by the model's part; they are not made.
 
     Returns:
-        The model; its values are those of `make_model()`.
+        The model; its values are those of `make_model()` but for the given ones.
     """
-    graphdef, shapes = nnx.split(nnx.eval_shape(make_model))
-    make_state = jax.jit(lambda: nnx.split(make_model())[1], out_shardings=shardings(shapes, mesh))
-    return nnx.merge(graphdef, make_state())
+    given = given or {}
+    is_given = lambda path, _: path[0] in given
+    graphdef, _, shapes = nnx.split(nnx.eval_shape(make_model), is_given, ...)
+    make_state = jax.jit(
+        lambda: nnx.split(make_model(), is_given, ...)[2], out_shardings=shardings(shapes, mesh)
+    )
+    return nnx.merge(graphdef, nnx.State(dict(given)), make_state())
 
 
 def _batch_axis(path: tuple) -> int:
@@ -140,6 +175,25 @@ def batch_shardings(batch: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec(*(None,) * axis, RULES["batch"]))
 
     return jax.tree_util.tree_map_with_path(one, batch)
+
+
+def row_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Of a sampler's state: rows over the devices, what they do not divide on every device.
+
+    Args:
+        tree: pytree of arrays or shapes; caches [L, B, M, K, d], anything else the rows first.
+        mesh: see `mesh.make_mesh`.
+
+    Returns:
+        The same structure with a NamedSharding for each array.
+    """
+
+    def one(leaf: Any) -> NamedSharding:
+        names = [None, "batch"] if leaf.ndim == 5 else ["batch"][: leaf.ndim]
+        names += [None] * (leaf.ndim - len(names))
+        return NamedSharding(mesh, partition.spec(names, leaf.shape, SERVING, mesh.shape))
+
+    return jax.tree.map(one, tree)
 
 
 def local_rows(rows: int, mesh: Mesh) -> slice:

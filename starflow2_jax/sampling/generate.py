@@ -21,7 +21,7 @@ from starflow2_jax.sampling.jacobi import JacobiConfig
 from starflow2_jax.sampling.prompts import Image, Piece, Row, Text, padded
 from starflow2_jax.sampling.state import Mode, RowSettings, SampleState
 
-Reason = Literal["end", "stop", "tokens", "images", "context"]
+Reason = Literal["end", "stop", "tokens", "images", "context", "cancelled"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,9 @@ class ImageEvent:
 
 @dataclasses.dataclass(frozen=True)
 class DoneEvent:
-    """Row `row` is finished: by its end token, a stop string, a limit, or a full context."""
+    """Row `row` is finished: by its end token, a stop string, a limit, a full context, or
+    because it was cancelled.
+    """
 
     row: int
     reason: Reason
@@ -93,7 +95,7 @@ LIMITS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
 }
 
 
-def _check_settings(
+def check_settings(
     settings: RowSettings,
     rows: int,
     config: PretzelConfig,
@@ -118,7 +120,7 @@ def _check_settings(
         raise ValueError(f"noise for {settings.noise.shape[1]} images of {images}")
 
 
-def _check_prompts(
+def check_prompts(
     rows: Sequence[Row],
     settings: RowSettings,
     config: PretzelConfig,
@@ -197,7 +199,7 @@ def _begin(
     return state, settings
 
 
-class _Reader:
+class Reader:
     """Follows one row: turns its new positions into events."""
 
     def __init__(self, row: int, start: int, config: PretzelConfig, stop: Stop | None) -> None:
@@ -214,14 +216,14 @@ class _Reader:
         self.stopped = False
 
     def read(
-        self, tokens: np.ndarray, kinds: np.ndarray, length: int, u: Callable[[], np.ndarray]
+        self, tokens: np.ndarray, kinds: np.ndarray, length: int, u: Callable[[int], np.ndarray]
     ) -> Iterator[Event]:
         """Events of the positions from the last call's length up to this one.
 
         Args:
             tokens, kinds: int32 [M], the row.
             length: how much of it exists.
-            u: fetches the images [B, I, N, C], if one is needed.
+            u: fetches one of the row's images, [N, C].
         """
         written: list[int] = []
         while self.cursor < length and not self.stopped:
@@ -231,7 +233,7 @@ class _Reader:
                 self.latents += 1
                 index, within = divmod(self.latents, self.tokens_per_image)
                 if within == 0:
-                    yield ImageEvent(self.row, index - 1, u()[self.row, index - 1])
+                    yield ImageEvent(self.row, index - 1, u(index - 1))
             elif token == self.special.vision_start:
                 if written:
                     yield TextEvent(self.row, tuple(written))
@@ -251,9 +253,10 @@ class _Reader:
         return any(string in text for string in self.stop.strings)
 
 
-def _reason(
-    reader: _Reader, last: int, texts: int, images: int, max_texts: int, max_images: int
+def reason_of(
+    reader: Reader, last: int, texts: int, images: int, max_texts: int, max_images: int
 ) -> Reason:
+    """Why a row is DONE, from its last token (-1: none is new), its counts and its limits."""
     if reader.stopped:
         return "stop"
     if last == reader.special.end:
@@ -261,6 +264,16 @@ def _reason(
     if 0 < max_images <= images:
         return "images"
     return "tokens" if texts >= max_texts else "context"
+
+
+def collect(pieces: list[Piece], event: TextEvent | ImageEvent) -> None:
+    """Puts what an event tells of behind the pieces of its row."""
+    if isinstance(event, ImageEvent):
+        pieces.append(Image(event.u))
+    elif pieces and isinstance(pieces[-1], Text):
+        pieces[-1] = Text(pieces[-1].tokens + event.tokens)
+    else:
+        pieces.append(Text(event.tokens))
 
 
 def stream(
@@ -298,11 +311,11 @@ def stream(
     if not rows:
         return
     config = model.config
-    _check_settings(settings, len(rows), config, unconditional, stop)
-    _check_prompts(rows, settings, config, unconditional, context)
+    check_settings(settings, len(rows), config, unconditional, stop)
+    check_prompts(rows, settings, config, unconditional, context)
     state, settings = _begin(model, rows, settings, unconditional, context)
     max_texts, max_images = jax.device_get((settings.max_new_tokens, settings.max_images))
-    readers = [_Reader(b, len(row), config, stop) for b, row in enumerate(rows)]
+    readers = [Reader(b, len(row), config, stop) for b, row in enumerate(rows)]
     while not all(reader.done for reader in readers):
         if jacobi is None:
             state = step.advance(model, state, settings, every)
@@ -321,12 +334,12 @@ def stream(
         for b, reader in enumerate(readers):
             if reader.done:
                 continue
-            yield from reader.read(tokens[b], kinds[b], length[b], u)
+            yield from reader.read(tokens[b], kinds[b], length[b], lambda i, b=b: u()[b, i])
             if reader.stopped or mode[b] == Mode.DONE:
                 reader.done = True
                 last = int(tokens[b, length[b] - 1]) if length[b] > len(rows[b]) else -1
                 yield DoneEvent(
-                    b, _reason(reader, last, texts[b], images[b], max_texts[b], max_images[b])
+                    b, reason_of(reader, last, texts[b], images[b], max_texts[b], max_images[b])
                 )
         halted = np.zeros(len(mode), bool)
         halted[: len(readers)] = [reader.stopped for reader in readers]
@@ -369,13 +382,8 @@ def generate(
     for event in stream(model, rows, settings, **options):
         if on_event is not None:
             on_event(event)
-        mine = pieces[event.row]
         if isinstance(event, DoneEvent):
             reasons[event.row] = event.reason
-        elif isinstance(event, ImageEvent):
-            mine.append(Image(event.u))
-        elif mine and isinstance(mine[-1], Text):
-            mine[-1] = Text(mine[-1].tokens + event.tokens)
         else:
-            mine.append(Text(event.tokens))
+            collect(pieces[event.row], event)
     return [Output(tuple(p), r) for p, r in zip(pieces, reasons, strict=True)]

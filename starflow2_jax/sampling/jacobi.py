@@ -3,8 +3,8 @@
 Several tokens start from the noise. Each pass computes all their Gaussians from the estimate of the
 pass before, until the estimate hardly changes: of AF blocks chunk after chunk, as STARFlow (arXiv
 2506.06276) does, and of the deep block under the frozen VLM, through both streams.
-Letters: B rows, R cache rows (B, or 2 B under guidance), N tokens per image, n unknown tokens (N,
-or N - 1 where the first one is known), C channels, M cache slots.
+Letters: B rows, R cache rows (B, and the twins of guidance), N tokens per image, n unknown tokens
+(N, or N - 1 where the first one is known), C channels, M cache slots.
 """
 
 import dataclasses
@@ -252,8 +252,7 @@ class _Drawing:
     ) -> tuple[jax.Array, jax.Array, Cache]:
         """See `Unknown`."""
         config, size = self.model.config, inputs.shape[1]
-        guided = self.state.prefix is not None
-        both = lambda a: jnp.concatenate([a, a]) if guided else a
+        both = lambda a: step.with_twins_of(self.state, a)
         u, draws = both(inputs), both(self.draws)
         raster, side = first + jnp.arange(size, dtype=jnp.int32), config.flow.side
         offset = jnp.stack([jnp.zeros_like(raster), raster // side, raster % side])
@@ -265,7 +264,7 @@ class _Drawing:
             AttentionSpec(lengths=jnp.where(draws, size, 0)),
             caches=cache["caches"],
         )
-        found = step.latent_gaussians(self.model, streams.g, self.settings, guided)
+        found = step.latent_gaussians(self.model, streams.g, self.settings, self.state)
         # Rows that wait are at rest: they say nothing about the change.
         rest = ~self.draws[:, None, None]
         mu, sigma = jnp.where(rest, 0.0, found.mu), jnp.where(rest, 0.0, found.sigma)
@@ -281,9 +280,9 @@ class _Drawing:
         )
 
 
-def about_to_draw(state: SampleState) -> jax.Array:
+def about_to_draw(state: SampleState, settings: RowSettings) -> jax.Array:
     """Rows whose next element is the first latent of an image: bool [B]."""
-    return (state.mode == Mode.DRAW) & (state.drawn == 0)
+    return (state.mode == Mode.DRAW) & (state.drawn == 0) & ~step.waits(state, settings)
 
 
 def draw(
@@ -311,9 +310,9 @@ def draw(
     special, tokens = model.config.special, model.config.flow.tokens
     ahead = lambda n: step.latent_noise(model, state, settings, n)
     noise = jax.vmap(ahead, out_axes=1)(jnp.arange(tokens))  # [B, N, C]
-    draws = about_to_draw(state)
+    draws = about_to_draw(state, settings)
     noise = jnp.where(draws[:, None, None], noise, 0.0)
-    found = step.latent_gaussians(model, state.g, settings, state.prefix is not None)
+    found = step.latent_gaussians(model, state.g, settings, state)
     lead = (found.mu + found.sigma * noise[:, 0])[:, None]
     drawing = _Drawing(model, state, settings, draws, lead, noise[:, 1:])
     u, cache, passes = solve(drawing, config)
@@ -351,7 +350,7 @@ def _advance(
     def body(carry: tuple[SampleState, jax.Array]) -> tuple[SampleState, jax.Array]:
         state, left = carry
         state = jax.lax.cond(
-            jnp.any(about_to_draw(state)),
+            jnp.any(about_to_draw(state, settings)),
             lambda: draw(model, state, settings, config)[0],
             lambda: state,
         )

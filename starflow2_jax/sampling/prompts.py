@@ -100,6 +100,45 @@ def extended(row: Row | None, pieces: Sequence[Piece], config: PretzelConfig) ->
     )
 
 
+def shared(old: Row, new: Row) -> int:
+    """How many positions at the start of the two rows are the same, images and views too."""
+    same = 0
+    views, images = iter(range(len(new.views))), iter(range(len(new.u)))
+    size = new.u.shape[1] if new.u.ndim > 1 else 0
+    inside, latents = False, 0
+    for a, b, kind, old_kind in zip(old.tokens, new.tokens, new.kinds, old.kinds, strict=False):
+        if kind == Kind.VIT and not inside:
+            view = next(views)
+            if view >= len(old.views) or old.views[view] is not new.views[view]:
+                break
+        inside = kind == Kind.VIT
+        if a != b or kind != old_kind:
+            break
+        if kind == Kind.LATENT:
+            if not latents:
+                image = next(images)
+                if not np.array_equal(old.u[image], new.u[image]):
+                    break
+            latents = (latents + 1) % size
+        same += 1
+    return same
+
+
+def rest(row: Row, start: int) -> Row:
+    """What comes at `start` and later; no view is cut, and an image that is cut stays whole."""
+    starts = np.diff((row.kinds[:start] == Kind.VIT).astype(int), prepend=0) == 1
+    tail = slice(start, None)
+    latents = int((row.kinds[:start] == Kind.LATENT).sum())
+    whole = latents // row.u.shape[1] if latents else 0
+    return Row(
+        row.tokens[tail],
+        row.kinds[tail],
+        row.positions[tail],
+        row.u[whole:],
+        row.views[starts.sum() :],
+    )
+
+
 def padded(
     rows: Sequence[Row], length: int | None = None, tower: VisionConfig | None = None
 ) -> Prompt:

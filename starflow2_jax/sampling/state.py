@@ -1,7 +1,7 @@
 """What sampling carries: how rows sample, what they start from, and where they are.
 
-Letters: B rows, R cache rows (B, or 2 B under guidance), T prompt positions, M cache slots,
-I images, N tokens per image, C latent channels, Dv VLM width, Df flow width.
+Letters: B rows, P twins, R = B + P cache rows, T prompt positions, M cache slots, I images,
+N tokens per image, C latent channels, Dv VLM width, Df flow width.
 """
 
 import dataclasses
@@ -156,6 +156,9 @@ class SampleState:
         tokens, kinds: int32 [B, M], the row as it stands in the cache, prompt included.
         u: [B, I, N, C], the images drawn, at least float32.
         prefix: the unconditional prompt's end; None without guidance.
+        twins: int32 [P], the row that draws with cache row B + p as its unconditional side; -1: the
+            twin is free. None without guidance.
+        waited: int32 [B], steps that a row has waited for a twin.
         record: see `Record`; None where nothing is recorded.
     """
 
@@ -172,6 +175,8 @@ class SampleState:
     kinds: jax.Array
     u: jax.Array
     prefix: Prefix | None = None
+    twins: jax.Array | None = None
+    waited: jax.Array | None = None
     record: Record | None = None
 
     @property

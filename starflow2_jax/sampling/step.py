@@ -6,20 +6,22 @@ chooses the element of every row, feeds all of them through both streams at once
 row's mode on. Every element of a row has been fed, an end token too: the caches hold exactly the
 row's tokens and latents.
 
-Under guidance there are 2 B cache rows. Row B + b is the unconditional twin of row b: it waits at a
-prefilled prompt, and while row b draws it is fed the same latents at positions of its own.
+Under guidance P more cache rows, the twins, hold the unconditional prompt. A row that starts to
+draw with guidance takes a free one, or waits for it: while the row draws, its twin is fed the same
+latents at positions of its own, and is free again behind the image.
 
-Letters: B rows, R cache rows (B, or 2 B under guidance), T prompt positions, M cache slots,
-I images, N tokens per image, C latent channels, V vocabulary, Dv VLM width, Df flow width.
+Letters: B rows, P twins, R = B + P cache rows, T prompt positions, M cache slots, I images,
+N tokens per image, C latent channels, V vocabulary, Dv VLM width, Df flow width.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from starflow2_jax.models.flow import guide, standard_normal_log_prob
-from starflow2_jax.models.pretzel import Kind, Pretzel, spread_images
+from starflow2_jax.models.pretzel import Kind, Pretzel, SpecialTokens, spread_images
 from starflow2_jax.nn.attention import AttentionSpec
 from starflow2_jax.nn.decoder import Cache
 from starflow2_jax.nn.layers import at_least_float32
@@ -81,7 +83,7 @@ def prefill(
         ValueError: a prompt is longer than the cache, or the unconditional row and one image are.
     """
     config = model.config
-    flow, special = config.flow, config.special
+    flow = config.flow
     rows, length = prompt.tokens.shape
     if length > slots:
         raise ValueError(f"a prompt of {length} positions does not fit a cache of {slots}")
@@ -91,7 +93,7 @@ def prefill(
     else:
         u = spread_images(prompt.u.astype(wide), prompt.image_start, length)
     spec = AttentionSpec(lengths=prompt.lengths)
-    caches = _empty_caches(model, rows, length)
+    caches = model.empty_caches(rows, 0)
     streams = model.run(
         prompt.tokens, prompt.kinds, prompt.positions, u, spec, caches=caches, views=prompt.views
     )
@@ -101,17 +103,15 @@ def prefill(
     position = _at_end(prompt.positions.max(0), prompt.lengths) + 1
     prefix = None
     if unconditional is not None:
-        prefix, twin = _prefill_unconditional(model, unconditional, slots)
+        prefix, twin = prefill_unconditional(model, unconditional, slots)
         spread = lambda a: jnp.broadcast_to(a, (rows, *a.shape))
         y, g = (jnp.concatenate([y, spread(prefix.y)]), jnp.concatenate([g, spread(prefix.g)]))
         position = jnp.concatenate([position, spread(prefix.position)])
-        caches = jax.tree.map(_with_twins, caches, twin)
+        caches = jax.tree.map(lambda a, b: with_twins(a, b, rows), caches, twin)
     exists = jnp.arange(length)[None] < prompt.lengths[:, None]
     whole = lambda a: jnp.pad(jnp.where(exists, a, 0), ((0, 0), (0, slots - length)))
-    last_token = _at_end(prompt.tokens, prompt.lengths)
-    mode = jnp.where(last_token == special.vision_start, Mode.DRAW, Mode.WRITE)
-    inside = _at_end(prompt.kinds, prompt.lengths) == Kind.LATENT
-    mode = jnp.where(inside, Mode.CLOSE, mode).astype(jnp.int32)
+    last = _at_end(prompt.tokens, prompt.lengths), _at_end(prompt.kinds, prompt.lengths)
+    mode = mode_behind(*last, config.special)
     zeros = lambda *shape: jnp.zeros((rows, *shape), wide)
     count = lambda: jnp.zeros((rows,), jnp.int32)
     image = (images, flow.tokens, flow.channels)
@@ -129,16 +129,29 @@ def prefill(
         kinds=whole(prompt.kinds).astype(jnp.int32),
         u=zeros(*image),
         prefix=prefix,
+        twins=None if prefix is None else jnp.full((rows,), -1, jnp.int32),
+        waited=None if prefix is None else count(),
         record=Record(zeros(*image), zeros(*image), zeros(), zeros(images)) if record else None,
     )
-    return dataclasses.replace(state, mode=_settled(mode, state, settings, flow.tokens))
+    return settled(state, settings, flow.tokens)
 
 
-def _empty_caches(model: Pretzel, rows: int, length: int) -> dict[str, Cache]:
-    """Caches for a prompt alone: what it attends to is no larger than itself."""
-    # The compiler must not know that the lengths are zero: it would fold attention over the empty
-    # slots into constants, which takes it longer than the prompt takes to run.
-    return jax.lax.optimization_barrier(model.empty_caches(rows, length))
+def mode_behind(token: jax.Array, kind: jax.Array, special: SpecialTokens) -> jax.Array:
+    """What follows rows that end with these tokens of these kinds: int32, values of `Mode`."""
+    mode = jnp.where(token == special.vision_start, Mode.DRAW, Mode.WRITE)
+    return jnp.where(kind == Kind.LATENT, Mode.CLOSE, mode).astype(jnp.int32)
+
+
+def settled(state: SampleState, settings: RowSettings, tokens: int) -> SampleState:
+    """The state with its limits observed, and twins where they are needed.
+
+    Args:
+        state, settings: see `step`.
+        tokens: N.
+    """
+    mode = _settled(state.mode, state, settings, tokens).astype(jnp.int32)
+    state = dataclasses.replace(state, mode=mode)
+    return state if state.prefix is None else _share_twins(state, settings)
 
 
 def _with_slots(caches: dict[str, Cache], slots: int) -> dict[str, Cache]:
@@ -152,7 +165,7 @@ def _with_slots(caches: dict[str, Cache], slots: int) -> dict[str, Cache]:
     return jax.tree.map(grown, caches)
 
 
-def _prefill_unconditional(
+def prefill_unconditional(
     model: Pretzel, tokens: jax.Array, slots: int
 ) -> tuple[Prefix, dict[str, Cache]]:
     """The unconditional prompt int32 [Tu], run once as a row of its own."""
@@ -169,17 +182,82 @@ def _prefill_unconditional(
         jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (3, 1, length)),
         jnp.zeros((1, length, flow.channels), at_least_float32(jnp.dtype(model.config.dtype))),
         AttentionSpec(),
-        caches=_empty_caches(model, 1, length),
+        caches=model.empty_caches(1, 0),
     )
     end = jnp.int32(length)
     caches = _with_slots(streams.caches, slots)
     return Prefix(streams.y[0, -1], streams.g[0, -1], end, end), caches
 
 
-def _with_twins(stored: jax.Array, twin: jax.Array) -> jax.Array:
-    """A cache leaf of B rows, followed by B copies of the unconditional row."""
-    axis = 1 if stored.ndim > 1 else 0  # k, v [L, B, M, K, d]; length [B]
-    return jnp.concatenate([stored, jnp.repeat(twin, stored.shape[axis], axis)], axis)
+def with_twins(stored: jax.Array, twin: jax.Array, twins: int) -> jax.Array:
+    """A cache leaf of B rows, followed by P = `twins` copies of the unconditional row."""
+    axis = row_axis(stored)
+    return jnp.concatenate([stored, jnp.repeat(twin, twins, axis)], axis)
+
+
+def row_axis(stored: jax.Array) -> int:
+    """The axis of the rows of a cache's leaf: of k, v [L, B, M, K, d] the second."""
+    return 1 if stored.ndim == 5 else 0
+
+
+def for_twins(state: SampleState, a: jax.Array, free: jax.Array | float | bool = 0) -> jax.Array:
+    """What each twin gets of its row's a [B, ...]: [P, ...]; `free` where it has none."""
+    owned = (state.twins >= 0).reshape(-1, *(1,) * (a.ndim - 1))
+    return jnp.where(owned, a[jnp.maximum(state.twins, 0)], free)
+
+
+def with_twins_of(state: SampleState, a: jax.Array, free: Any = 0) -> jax.Array:
+    """Of every cache row, from a [B, ...] of the rows: [R, ...]."""
+    if state.prefix is None:
+        return a
+    return jnp.concatenate([a, for_twins(state, a, free).astype(a.dtype)])
+
+
+def _follows(state: SampleState) -> jax.Array:
+    """Whether twin p is row b's: bool [B, P]."""
+    return state.twins[None] == jnp.arange(state.mode.shape[0])[:, None]
+
+
+def waits(state: SampleState, settings: RowSettings) -> jax.Array:
+    """Rows that would start to draw, but have no twin yet: bool [B]."""
+    if state.prefix is None:
+        return jnp.zeros(state.mode.shape, bool)
+    begins = (state.mode == Mode.DRAW) & (state.drawn == 0) & (settings.guidance > 0)
+    return begins & ~_follows(state).any(1)
+
+
+def _share_twins(state: SampleState, settings: RowSettings) -> SampleState:
+    """Takes twins back from rows that do not draw, and gives them to those that wait.
+
+    Who has waited longest comes first. A twin that is given goes back to the unconditional prompt's
+    end.
+    """
+    prefix = state.prefix
+    drawing = for_twins(state, state.mode == Mode.DRAW, free=False)
+    state = dataclasses.replace(state, twins=jnp.where(drawing, state.twins, -1))
+    wants = waits(state, settings)
+    index = jnp.arange(len(wants))
+    longer = state.waited[None] > state.waited[:, None]
+    longer |= (state.waited[None] == state.waited[:, None]) & (index[None] < index[:, None])
+    place = (longer & wants[None]).sum(1)
+    free = state.twins < 0
+    given = wants[:, None] & free[None] & (place[:, None] == (jnp.cumsum(free) - 1)[None])
+    taken = given.any(0)  # [P]
+    again = jnp.concatenate([jnp.zeros_like(wants), taken])
+
+    def rewound(cache: Cache) -> Cache:
+        # Slots behind the length are never seen: what an earlier image left there is overwritten.
+        return cache | {"length": jnp.where(again, prefix.length, cache["length"])}
+
+    return dataclasses.replace(
+        state,
+        caches={name: rewound(cache) for name, cache in state.caches.items()},
+        position=jnp.where(again, prefix.position, state.position),
+        y=jnp.where(again[:, None], prefix.y, state.y),
+        g=jnp.where(again[:, None], prefix.g, state.g),
+        twins=jnp.where(taken, jnp.argmax(given, 0), state.twins).astype(jnp.int32),
+        waited=jnp.where(wants & ~given.any(1), state.waited + 1, 0),
+    )
 
 
 def allowed_tokens(model: Pretzel, state: SampleState, settings: RowSettings) -> jax.Array:
@@ -291,22 +369,31 @@ class Gaussians:
 
 
 def latent_gaussians(
-    model: Pretzel, g: jax.Array, settings: RowSettings, guided: bool
+    model: Pretzel, g: jax.Array, settings: RowSettings, state: SampleState
 ) -> Gaussians:
     """What the deep stream g [R, ..., Df] says of the latents that follow."""
     mu, sigma = model.deep.head(g)
-    if not guided:
+    if state.prefix is None:
         return Gaussians(mu, sigma, mu, sigma)
-    (mu_c, mu_u), (sigma_c, sigma_u) = jnp.split(mu, 2), jnp.split(sigma, 2)
-    weight = settings.guidance.astype(mu.dtype).reshape(-1, *(1,) * (g.ndim - 1))
-    return Gaussians(*guide(mu_c, sigma_c, mu_u, sigma_u, weight), mu_c, sigma_c)
+    rows = state.mode.shape[0]
+    follows = _follows(state)
+    twin = jnp.argmax(follows, 1)
+    spread = lambda a: a.reshape(-1, *(1,) * (g.ndim - 1))
+    mu_c, sigma_c = mu[:rows], sigma[:rows]
+    weight = spread(settings.guidance.astype(mu.dtype))
+    guided = guide(mu_c, sigma_c, mu[rows:][twin], sigma[rows:][twin], weight)
+    has = spread(follows.any(1))
+    return Gaussians(
+        jnp.where(has, guided[0], mu_c), jnp.where(has, guided[1], sigma_c), mu_c, sigma_c
+    )
 
 
 def _choose(model: Pretzel, state: SampleState, settings: RowSettings) -> _Choice:
     """What each row adds next, from its last hidden states."""
     special = model.config.special
     (rows,) = state.mode.shape
-    writes, draws = state.mode == Mode.WRITE, state.mode == Mode.DRAW
+    waiting = waits(state, settings)
+    writes, draws = state.mode == Mode.WRITE, (state.mode == Mode.DRAW) & ~waiting
 
     def write() -> tuple[jax.Array, jax.Array]:
         logits = model.logits(state.y[:rows], state.g[:rows])
@@ -328,13 +415,14 @@ def _choose(model: Pretzel, state: SampleState, settings: RowSettings) -> _Choic
         lambda: (jnp.zeros((rows,), jnp.int32), jnp.zeros((rows,), state.u.dtype)),
     )
 
-    gaussians = latent_gaussians(model, state.g, settings, state.prefix is not None)
+    gaussians = latent_gaussians(model, state.g, settings, state)
     u = gaussians.mu + gaussians.sigma * latent_noise(model, state, settings)
     z = (u - gaussians.mu_c) / gaussians.sigma_c
     density = standard_normal_log_prob(z) - jnp.log(gaussians.sigma_c)
 
     token = jnp.where(writes, text, jnp.where(draws, special.image_pad, special.vision_end))
-    kind = jnp.where(state.mode == Mode.DONE, Kind.PAD, jnp.where(draws, Kind.LATENT, Kind.TEXT))
+    kind = jnp.where(draws, Kind.LATENT, Kind.TEXT)
+    kind = jnp.where((state.mode == Mode.DONE) | waiting, Kind.PAD, kind)
     element = Element(token.astype(jnp.int32), kind.astype(jnp.int32), u)
     latent_log_prob = jnp.where(draws, density.sum(-1), 0.0)
     return _Choice(element, gaussians.mu, gaussians.sigma, text_log_prob, latent_log_prob)
@@ -344,9 +432,7 @@ def element_positions(state: SampleState, kind: jax.Array, side: int) -> jax.Arr
     """Position ids (time, row, column) of each cache row's next element: int32 [3, R]."""
     raster = jnp.where(kind == Kind.LATENT, state.drawn, 0)
     offset = jnp.stack([jnp.zeros_like(raster), raster // side, raster % side])
-    if state.prefix is not None:
-        offset = jnp.concatenate([offset, offset], axis=1)
-    return state.position + offset
+    return state.position + with_twins_of(state, offset.T).T
 
 
 def _at_latent(state: SampleState, kind: jax.Array) -> jax.Array:
@@ -364,11 +450,11 @@ def feed(model: Pretzel, state: SampleState, element: Element) -> SampleState:
     """
     side, tokens = model.config.flow.side, model.config.flow.tokens
     text, latent = element.kind == Kind.TEXT, element.kind == Kind.LATENT
-    if state.prefix is None:
-        both, alive = lambda a: a, text | latent
-    else:
+    both = lambda a: with_twins_of(state, a)
+    alive = text | latent
+    if state.prefix is not None:
         # The twins see the drawing only.
-        both, alive = lambda a: jnp.concatenate([a, a]), jnp.concatenate([text | latent, latent])
+        alive = jnp.concatenate([alive, for_twins(state, latent, free=False)])
     streams = model.run(
         both(element.token)[:, None],
         both(element.kind)[:, None],
@@ -380,7 +466,8 @@ def feed(model: Pretzel, state: SampleState, element: Element) -> SampleState:
     complete = latent & (state.drawn + 1 == tokens)
     advanced = jnp.where(text, 1, jnp.where(complete, side, 0))
     if state.prefix is not None:
-        advanced = jnp.concatenate([advanced, jnp.where(complete, side, 0)])
+        # A twin is free behind its image: where that ends matters to the row alone.
+        advanced = jnp.concatenate([advanced, jnp.zeros_like(state.twins)])
     # Masked writes: a scatter of a few numbers per row runs row after row on a CPU.
     slot = jnp.arange(state.tokens.shape[1])[None] == state.length[:, None]
     slot &= (text | latent)[:, None]
@@ -395,24 +482,6 @@ def feed(model: Pretzel, state: SampleState, element: Element) -> SampleState:
         tokens=jnp.where(slot, element.token[:, None], state.tokens),
         kinds=jnp.where(slot, element.kind[:, None], state.kinds),
         u=jnp.where(_at_latent(state, element.kind), element.u[:, None, None], state.u),
-    )
-
-
-def _restart_twins(state: SampleState, begins: jax.Array) -> SampleState:
-    """The twins of rows that begin to draw, bool [B], go back to the unconditional prompt's end."""
-    prefix = state.prefix
-    again = jnp.concatenate([jnp.zeros_like(begins), begins])
-
-    def rewound(cache: Cache) -> Cache:
-        # Slots behind the length are never seen: what an earlier image left there is overwritten.
-        return cache | {"length": jnp.where(again, prefix.length, cache["length"])}
-
-    return dataclasses.replace(
-        state,
-        caches={name: rewound(cache) for name, cache in state.caches.items()},
-        position=jnp.where(again, prefix.position, state.position),
-        y=jnp.where(again[:, None], prefix.y, state.y),
-        g=jnp.where(again[:, None], prefix.g, state.g),
     )
 
 
@@ -434,13 +503,11 @@ def step(model: Pretzel, state: SampleState, settings: RowSettings) -> SampleSta
     special, tokens = model.config.special, model.config.flow.tokens
     choice = _choose(model, state, settings)
     token = choice.element.token
-    writes, draws = state.mode == Mode.WRITE, state.mode == Mode.DRAW
+    writes, draws = state.mode == Mode.WRITE, choice.element.kind == Kind.LATENT
     begins = writes & (token == special.vision_start)
     fed = feed(model, state, choice.element)
     if state.record is not None:
         fed = dataclasses.replace(fed, record=_recorded(state, choice))
-    if state.prefix is not None:
-        fed = _restart_twins(fed, begins)
     fed = dataclasses.replace(
         fed,
         texts=fed.texts + writes.astype(jnp.int32),
@@ -451,13 +518,14 @@ def step(model: Pretzel, state: SampleState, settings: RowSettings) -> SampleSta
         [Mode.DRAW, Mode.DONE, Mode.CLOSE],
         jnp.where(state.mode == Mode.CLOSE, Mode.WRITE, state.mode),
     )
-    return dataclasses.replace(fed, mode=_settled(mode, fed, settings, tokens).astype(jnp.int32))
+    return settled(dataclasses.replace(fed, mode=mode), settings, tokens)
 
 
-@jax.jit(donate_argnames=("state",))
-def _advance(
+def steps_of(
     model: Pretzel, state: SampleState, settings: RowSettings, steps: jax.Array
 ) -> SampleState:
+    """`advance`, inside a larger program."""
+
     def goes_on(carry: tuple[SampleState, jax.Array]) -> jax.Array:
         state, left = carry
         return (left > 0) & jnp.any(state.mode != Mode.DONE)
@@ -469,12 +537,16 @@ def _advance(
     return jax.lax.while_loop(goes_on, body, (state, steps))[0]
 
 
+run_steps = jax.jit(steps_of, donate_argnames=("state",))
+"""The compiled loop of `advance`; steps: int32 []."""
+
+
 def advance(model: Pretzel, state: SampleState, settings: RowSettings, steps: int) -> SampleState:
     """Up to `steps` steps, fewer if all rows are DONE; any number of steps is one compilation.
 
     The given state is donated: its arrays may not be used again.
     """
-    return _advance(model, state, settings, jnp.asarray(steps, jnp.int32))
+    return run_steps(model, state, settings, jnp.asarray(steps, jnp.int32))
 
 
 def stopped(state: SampleState, rows: jax.Array) -> SampleState:

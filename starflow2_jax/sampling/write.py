@@ -21,7 +21,7 @@ from starflow2_jax.models.pretzel import Kind
 from starflow2_jax.models.qwen2_5_vision import Views
 from starflow2_jax.models.qwen2_5_vl import Qwen25VL
 from starflow2_jax.nn.attention import AttentionSpec
-from starflow2_jax.nn.decoder import Cache, empty_cache, with_slots
+from starflow2_jax.nn.decoder import Cache, empty_cache, slots_of
 from starflow2_jax.sampling.generate import (
     LIMITS,
     SHORTEST_CACHE,
@@ -31,7 +31,7 @@ from starflow2_jax.sampling.generate import (
     TextEvent,
     bucket,
 )
-from starflow2_jax.sampling.prompts import Row
+from starflow2_jax.sampling.prompts import Row, rest, shared
 from starflow2_jax.sampling.step import choose_token
 
 
@@ -149,14 +149,14 @@ def read(
     Returns:
         The cache, and y [B, D] at each row's last position.
     """
-    dtype = cache["k"].dtype
+    dtype = cache["k"][0].dtype
     e = model.embed(tokens, dtype)
     if views is not None:
         e = jnp.where((views.index >= 0)[..., None], model.see(views, dtype), e)
-    if cache["k"].shape[2]:
-        cache = with_slots(cache, slots)
+    if slots_of(cache):
+        cache = model.decoder.held(cache, slots)
     y, cache = model.decode(e, positions, AttentionSpec(lengths=lengths), cache)
-    return with_slots(cache, slots), y[jnp.arange(len(lengths)), lengths - 1]
+    return model.decoder.held(cache, slots), y[jnp.arange(len(lengths)), lengths - 1]
 
 
 def _step(model: Qwen25VL, state: WriteState, settings: WriteSettings) -> WriteState:
@@ -201,32 +201,6 @@ def advance(
         return _step(model, carry[0], settings), carry[1] - 1
 
     return jax.lax.while_loop(goes_on, body, (state, steps))[0]
-
-
-def _shared(old: Row, new: Row) -> int:
-    """How many positions at the start of the two rows are the same, the views' pictures too."""
-    same = 0
-    seen = iter(range(len(new.views)))
-    view, inside = -1, False
-    for a, b, kind, old_kind in zip(old.tokens, new.tokens, new.kinds, old.kinds, strict=False):
-        if kind == Kind.VIT and not inside:
-            view = next(seen)
-            if view >= len(old.views) or old.views[view] is not new.views[view]:
-                break
-        inside = kind == Kind.VIT
-        if a != b or kind != old_kind:
-            break
-        same += 1
-    return same
-
-
-def _rest(row: Row, start: int) -> Row:
-    """What comes at `start` and later; no view is cut."""
-    starts = np.diff((row.kinds[:start] == Kind.VIT).astype(int), prepend=0) == 1
-    tail = slice(start, None)
-    return Row(
-        row.tokens[tail], row.kinds[tail], row.positions[tail], row.u, row.views[starts.sum() :]
-    )
 
 
 class Session:
@@ -297,35 +271,35 @@ class Session:
         old = self._rows or [None] * count
         # The last position is read again at least: it says what comes next.
         kept = [
-            0 if a is None else min(_shared(a, b), len(b) - 1)
+            0 if a is None else min(shared(a, b), len(b) - 1)
             for a, b in zip(old, rows, strict=True)
         ]
         if not any(kept):
             self._cache = None
-        rest = [_rest(row, start) for row, start in zip(rows, kept, strict=True)]
-        length = bucket(max(SHORTEST_PROMPT, *map(len, rest)), parts=4)
+        new_part = [rest(row, start) for row, start in zip(rows, kept, strict=True)]
+        length = bucket(max(SHORTEST_PROMPT, *map(len, new_part)), parts=4)
         tokens, kinds = (np.zeros((count, length), np.int32) for _ in range(2))
         positions = np.zeros((3, count, length), np.int32)
-        for b, row in enumerate(rest):
+        for b, row in enumerate(new_part):
             tokens[b, : len(row)], kinds[b, : len(row)] = row.tokens, row.kinds
             positions[:, b, : len(row)] = row.positions.T
         views = None
-        if any(row.views for row in rest):
+        if any(row.views for row in new_part):
             if config.vision is None:
                 raise ValueError("the rows have views, but the model has no vision tower")
-            packed = pack_views([row.views for row in rest], kinds, config.vision)
+            packed = pack_views([row.views for row in new_part], kinds, config.vision)
             views = jax.tree.map(jnp.asarray, packed)
         slots = max(len(row) + int(n) for row, n in zip(rows, new, strict=True))
         slots = bucket(max(slots, SHORTEST_CACHE, length), parts=4)
         if self._cache is None:
             cache = empty_cache(config.decoder(), count, 0, dtype)
         else:
-            slots = max(slots, self._cache["k"].shape[2])
+            slots = max(slots, slots_of(self._cache))
             # Slots behind the length are never seen: what was there is overwritten.
             cache = self._cache | {"length": jnp.asarray(kept, jnp.int32)}
-        lengths = jnp.asarray([len(row) for row in rest], jnp.int32)
+        lengths = jnp.asarray([len(row) for row in new_part], jnp.int32)
         cache, y = read(self._model, cache, tokens, positions, lengths, views, slots=slots)
-        self.fed += int(sum(len(row) for row in rest))
+        self.fed += int(sum(len(row) for row in new_part))
         # Behind an image the ids and the count of positions differ.
         position = jnp.asarray([row.positions[-1].max() + 1 for row in rows], jnp.int32)
         size = bucket(max(1, int(new.max())), parts=4)

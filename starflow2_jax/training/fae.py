@@ -275,6 +275,10 @@ class FAETask:
             moments.add(posterior.mean, np.exp(posterior.logvar))
         moments.into(model.fae.latents)
 
+    def given(self, mesh: Mesh) -> Mapping[str, nnx.State]:
+        """Nothing."""
+        return {}
+
     def batches(
         self,
         stage: str,
@@ -285,13 +289,8 @@ class FAETask:
     ) -> grain.IterDataset:
         """Batches of images."""
         images, augment = (self.held_out, None) if held_out else (self.train, self.augment)
-        more = () if rows is None and place is None else (rows, place)
-        return images.training_batches(self.config.stages[stage].batch.rows, seed, augment, *more)
-
-    def counts(self, batch: HostBatch) -> dict[str, int]:
-        """Images, and their tokens."""
-        images = len(batch["images"])
-        return {"images": images, "tokens": images * self.model_config.tokens}
+        whole = self.config.stages[stage].batch.rows
+        return images.training_batches(whole, seed, augment, rows, place)
 
     def flops(self, stage: str) -> float:
         """Of the transformers in a step; what is trained counts three times."""

@@ -23,6 +23,7 @@ from starflow2_jax.models.af_block import Given
 from starflow2_jax.models.patches import dequantised, image_noise
 from starflow2_jax.models.starflow import ImageFlow, TarFlowConfig
 from starflow2_jax.nn import partition
+from starflow2_jax.training.flops import image_flow_flops
 from starflow2_jax.training.step import StepConfig
 
 
@@ -33,10 +34,17 @@ class ImageFlowLoss:
     Attributes:
         label_drop: how often an image's class is withheld.
         latent_norm: weight of `Passed.latent_norm`.
+        patches: of an image.
     """
 
     label_drop: float
     latent_norm: float
+    patches: int = 1
+
+    def counts(self, batch: HostBatch) -> dict[str, jax.Array]:
+        """Images, and their patches."""
+        images = len(batch["images"])
+        return {"images": jnp.int32(images), "tokens": jnp.int32(images * self.patches)}
 
     def __call__(
         self,
@@ -45,6 +53,7 @@ class ImageFlowLoss:
         batch: HostBatch,
         seed: jax.Array,
         noise_std: jax.Array,
+        counts: dict[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """See `training.step.Loss`."""
         images, seeds = jnp.asarray(batch["images"]), jnp.asarray(batch["image_seeds"])
@@ -62,7 +71,11 @@ class ImageFlowLoss:
         if self.latent_norm:
             metrics["latent_norm"] = passed.latent_norm
             loss = loss + self.latent_norm * passed.latent_norm
-        return loss, {"loss": loss, **metrics}
+        metrics = {"loss": loss, **metrics}
+        if counts is not None:
+            share = len(images) / counts["images"]
+            metrics = {name: share * value for name, value in metrics.items()}
+        return metrics["loss"], metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +83,7 @@ class ImageFlowStage:
     """The one stage of an image flow."""
 
     label_drop: float
+    patches: int = 1
     name: str = "train"
     draws: bool = True
     averaged: bool = False
@@ -86,8 +100,8 @@ class ImageFlowStage:
     def loss(self, config: StepConfig, training: bool) -> ImageFlowLoss:
         """Held-out images keep their classes."""
         if not training:
-            return ImageFlowLoss(label_drop=0.0, latent_norm=0.0)
-        return ImageFlowLoss(self.label_drop, config.latent_norm)
+            return ImageFlowLoss(label_drop=0.0, latent_norm=0.0, patches=self.patches)
+        return ImageFlowLoss(self.label_drop, config.latent_norm, self.patches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +138,8 @@ class ImageFlowTask:
     @property
     def stages(self) -> tuple[ImageFlowStage, ...]:
         """One."""
-        return (ImageFlowStage(self.label_drop if self.model_config.classes else 0.0),)
+        label_drop = self.label_drop if self.model_config.classes else 0.0
+        return (ImageFlowStage(label_drop, self.model_config.side**2),)
 
     @property
     def constants(self) -> None:
@@ -138,17 +153,27 @@ class ImageFlowTask:
         """As it is."""
         return model
 
-    def batches(self, stage: str, held_out: bool, seed: int) -> grain.IterDataset:
-        """Batches of images."""
-        rows = self.config.stages[stage].batch.rows
-        if held_out:
-            return self.held_out.training_batches(rows, seed)
-        return self.train.training_batches(rows, seed, self.augment)
+    def given(self, mesh: Mesh) -> Mapping[str, nnx.State]:
+        """Nothing."""
+        return {}
 
-    def counts(self, batch: HostBatch) -> dict[str, int]:
-        """Images, and their patches."""
-        images = len(batch["images"])
-        return {"images": images, "tokens": images * self.model_config.side**2}
+    def batches(
+        self,
+        stage: str,
+        held_out: bool,
+        seed: int,
+        rows: slice | None = None,
+        place: Callable[[HostBatch], Any] | None = None,
+    ) -> grain.IterDataset:
+        """Batches of images."""
+        whole = self.config.stages[stage].batch.rows
+        folder, augment = (self.held_out, None) if held_out else (self.train, self.augment)
+        return folder.training_batches(whole, seed, augment, rows, place)
+
+    def flops(self, stage: str) -> float:
+        """See `image_flow_flops`."""
+        rows = self.config.stages[stage].batch.rows
+        return sum(image_flow_flops(self.model_config, rows).values())
 
     def frozen(self, model: ImageFlow) -> None:
         """Nothing."""

@@ -6,17 +6,16 @@ samples drawn on the way; and at the end `model/`, see `bundle` and `flow_bundle
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 import resource
-import signal
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import grain
 import jax
-import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -28,8 +27,11 @@ from starflow2_jax.parallel import rules
 from starflow2_jax.parallel.cpu import keep_freed_memory
 from starflow2_jax.provenance import git_revision, to_json
 from starflow2_jax.training.checkpoint import Checkpoints, checksum
+from starflow2_jax.training.held_out import BEST_BY, held_out_losses
+from starflow2_jax.training.interrupt import Interruptible
+from starflow2_jax.training.meter import Meter, Profiler
 from starflow2_jax.training.metrics import MetricsWriter, Progress
-from starflow2_jax.training.step import State, StepConfig, init_state, train_step
+from starflow2_jax.training.step import State, StepConfig, init_state, jitted
 from starflow2_jax.training.task import Stage, Task
 
 
@@ -51,10 +53,30 @@ class _Run:
     constants: Any
     model: nnx.Module
     metrics: MetricsWriter
-    stop: Callable[[], bool]
+    stop: Interruptible
+    peak_flops: float | None
+
+    def rows(self, stage: str) -> int:
+        """Of a stage's batch, in the whole job."""
+        return self.config.stages[stage].batch.rows
+
+    def place(self, stage: str, batch: HostBatch) -> HostBatch:
+        """Puts this process's rows of a batch on its devices."""
+        return rules.place_batch(batch, self.rows(stage), self.mesh)
+
+    def batches(self, stage: str, held_out: bool, seed: int, placed: bool) -> grain.DatasetIterator:
+        """This process's rows of a stage's batches."""
+        rows = rules.local_rows(self.rows(stage), self.mesh)
+        place = functools.partial(self.place, stage) if placed else None
+        return iter(self.task.batches(stage, held_out, seed, rows, place))
 
 
-def run(config: ml_collections.ConfigDict, module: types.ModuleType, workdir: pathlib.Path) -> None:
+def run(
+    config: ml_collections.ConfigDict,
+    module: types.ModuleType,
+    workdir: pathlib.Path,
+    peak_flops: float | None = None,
+) -> None:
     """Trains all stages of the config, continuing where the work directory stands.
 
     Args:
@@ -62,9 +84,11 @@ def run(config: ml_collections.ConfigDict, module: types.ModuleType, workdir: pa
             `evaluation`; see `configs/digits.py`.
         module: the config file, see `ConfigFile`.
         workdir: of this run.
+        peak_flops: of one device, FLOP/s, for the MFU among the metrics; None: unknown.
 
     Raises:
-        UserError: bad config, damaged checkpoint, changed frozen weights.
+        UserError: bad config, damaged checkpoint, changed frozen weights; too many updates in a
+            row left out.
         Interrupted: SIGINT or SIGTERM; the state is saved.
     """
     if jax.default_backend() == "cpu":
@@ -72,7 +96,9 @@ def run(config: ml_collections.ConfigDict, module: types.ModuleType, workdir: pa
     try:
         mesh = meshes.make_mesh(meshes.MeshConfig(**config.mesh))
         for name in config.stages:
-            meshes.check_batch(config.stages[name].batch.rows, mesh)
+            stage = config.stages[name]
+            parts = step_config(stage).accumulate
+            meshes.check_batch(stage.batch.rows, mesh, parts)
     except ValueError as error:
         raise UserError(f"config.mesh: {error}") from error
     if (workdir / "model" / "model.json").is_file():
@@ -81,14 +107,17 @@ def run(config: ml_collections.ConfigDict, module: types.ModuleType, workdir: pa
     task = module.make_task(config, workdir)
     with (
         rules.use(mesh),
-        _Interruptible() as stop,
-        MetricsWriter(workdir, enabled=jax.process_index() == 0) as metrics,
+        Interruptible() as stop,
+        MetricsWriter(
+            workdir, enabled=jax.process_index() == 0, wandb=config.get("wandb")
+        ) as metrics,
     ):
-        model = rules.born_sharded(lambda: task.make_model(config.seed), mesh)
+        given = task.given(mesh)
+        model = rules.born_sharded(lambda: task.make_model(config.seed), mesh, given)
         constants = jax.device_put(task.constants, NamedSharding(mesh, jax.P()))
-        this = _Run(config, task, workdir, mesh, constants, model, metrics, stop)
+        this = _Run(config, task, workdir, mesh, constants, model, metrics, stop, peak_flops)
         ema = None
-        frozen_checksum = ""
+        frozen_checksum = _frozen_checksum(this) if given else ""
         for stage in task.stages:
             if stage.name in config.stages:
                 ema = _run_stage(this, stage, frozen_checksum)
@@ -112,27 +141,6 @@ def _frozen_checksum(this: _Run) -> str:
     return "" if frozen is None else checksum(frozen)
 
 
-class _Interruptible:
-    """SIGINT and SIGTERM ask the loop to stop after its step; a second one acts at once."""
-
-    def __enter__(self) -> Callable[[], bool]:
-        self._asked = False
-        self._before = {}
-
-        def ask(number: int, frame: types.FrameType | None) -> None:
-            del frame
-            self._asked = True
-            signal.signal(number, self._before[number])
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, ask)
-        return lambda: self._asked
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 def step_config(group: ml_collections.ConfigDict) -> StepConfig:
     """The hyperparameters of a stage's group in the config."""
     return StepConfig(**group.optimizer)
@@ -152,13 +160,22 @@ def _run_stage(this: _Run, stage: Stage, frozen_checksum: str) -> nnx.Module:
     make_state = functools.partial(init_state, config=config, seed=seed)
     abstract = rules.abstract(jax.eval_shape(make_state, trainable), this.mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    batches = iter(this.task.batches(stage.name, False, seed))
+    batches = this.batches(stage.name, False, seed, placed=True)
     folder = this.workdir / stage.name / "checkpoints"
-    with Checkpoints(folder, this.config.checkpoint.keep_last) as checkpoints:
+    kept = this.config.checkpoint
+    with Checkpoints(
+        folder, kept.keep_last, kept.get("keep_every"), best_by=BEST_BY
+    ) as checkpoints:
         latest = checkpoints.latest()
         if latest is None:
             state = jax.jit(make_state, out_shardings=shardings)(trainable)
-            metadata = {"stage": stage.name, "seconds": 0.0, "frozen_checksum": frozen_checksum}
+            metadata = {
+                "stage": stage.name,
+                "seconds": 0.0,
+                "frozen_checksum": frozen_checksum,
+                "config": to_json(this.config),
+                "git_revision": git_revision(),
+            }
         else:
             state, metadata = checkpoints.restore(latest, abstract, batches)
             if metadata["frozen_checksum"] != frozen_checksum:
@@ -170,44 +187,57 @@ def _run_stage(this: _Run, stage: Stage, frozen_checksum: str) -> nnx.Module:
         if latest != config.steps:
             later = [s.name for s in this.task.stages[number + 1 :]]
             this.metrics.truncate_after(stage.name, latest or 0, later=later)
-            state = _train(
-                this,
-                stage,
-                config,
-                graphdef,
-                state,
-                frozen,
-                batches,
-                checkpoints,
-                metadata,
-                shardings,
-            )
+            parts = (graphdef, state, frozen, shardings)
+            state = _train(this, stage, config, parts, batches, checkpoints, metadata)
+    batches.close()  # what is read ahead lies on the devices
     handed_on = state["ema" if stage.averaged else "trainable"]
     this.model = nnx.merge(graphdef, handed_on, frozen)
     return nnx.merge(graphdef, state["ema"], frozen)
+
+
+@dataclasses.dataclass
+class _Reports:
+    """What is told of each step. A step is reported on when the next one runs already.
+
+    Attributes:
+        enough: so many updates left out in a row end the run.
+    """
+
+    this: _Run
+    stage: str
+    meter: Meter
+    enough: int
+    pending: tuple[int, dict[str, jax.Array]] | None = None
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    diverged: bool = False
+
+    def flush(self) -> None:
+        """Waits for the pending step, and reports on it."""
+        if self.pending is None:
+            return
+        step, metrics = self.pending
+        self.pending = None
+        metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        self.counts = {name: metrics.pop(name) for name in ("images", "tokens")}
+        self.meter.finished(self.counts)
+        self.diverged = metrics["skipped_in_a_row"] >= self.enough
+        if step % self.this.config.log_every == 0:
+            self.this.metrics.write(self.stage, step, metrics | self.meter.row())
 
 
 def _train(
     this: _Run,
     stage: Stage,
     config: StepConfig,
-    graphdef: nnx.GraphDef,
-    state: State,
-    frozen: nnx.State,
+    parts: tuple[nnx.GraphDef, State, nnx.State, State],
     batches: grain.DatasetIterator,
     checkpoints: Checkpoints,
     metadata: dict[str, Any],
-    shardings: State,
 ) -> State:
     """The loop of one stage, from the state's step to the last."""
-    every = this.config.checkpoint.every
-    evaluation = this.config.evaluation
-    step_fn = jax.jit(
-        train_step,
-        static_argnames=("graphdef", "loss", "config"),
-        donate_argnames=("state",),
-        out_shardings=(shardings, None),
-    )
+    graphdef, state, frozen, shardings = parts
+    every, evaluation = this.config.checkpoint.every, this.config.evaluation
+    step_fn = jitted(shardings, NamedSharding(this.mesh, jax.P()))
     loss = stage.loss(config, training=True)
     held_out = _held_out(this, stage, config, graphdef, frozen)
     first = int(state["step"])
@@ -218,78 +248,64 @@ def _train(
         this.config.log_seconds,
         enabled=jax.process_index() == 0,
     )
+    meter = Meter(this.task.flops(stage.name), this.peak_flops)
+    profiler = Profiler(this.workdir / stage.name / "profile", this.config.get("profile"))
+    reports = _Reports(this, stage.name, meter, config.most_skipped)
     began, before = time.monotonic(), metadata["seconds"]
-    counts = {"images": 0, "tokens": 0}
-    pending: tuple[int, dict[str, jax.Array]] | None = None
-    rates_from = None
     for step in range(first + 1, config.steps + 1):
-        batch = next(batches)
-        here = this.task.counts(batch)
-        batch = jax.device_put(batch, rules.batch_shardings(batch, this.mesh))
+        with meter.waiting():
+            batch = next(batches)
+        profiler.before(step)
         state, metrics = step_fn(graphdef, state, frozen, this.constants, batch, loss, config)
-        progress.update(step, {"loss": metrics["loss"]}, **here)
-        if pending is not None:  # the previous step's: logging never waits for the running one
-            this.metrics.write(stage.name, *pending)
-        pending = (step, metrics) if step % this.config.log_every == 0 else None
-        if rates_from is None:
-            rates_from = time.monotonic()  # the first step compiles and is in no rate
-        else:
-            counts = {name: counts[name] + here[name] for name in counts}
+        profiler.after(step, metrics)
+        progress.update(step, {"loss": metrics["loss"]}, **reports.counts)
+        reports.flush()
+        reports.pending = (step, metrics)
         last = step == config.steps
+        measured: dict[str, float] = {}
         if last or step % evaluation.every == 0:
-            held = held_out(state["ema"])
-            if pending is not None:
-                this.metrics.write(stage.name, *pending)
-                pending = None
-            this.metrics.write(stage.name, step, held)
+            reports.flush()
+            with meter.paused():
+                measured = held_out(state["ema"])
+            this.metrics.write(stage.name, step, measured)
         if stage.draws and evaluation.samples and (last or step % evaluation.samples == 0):
-            model = nnx.merge(graphdef, state["ema"], frozen)
-            this.task.draw(model, this.workdir / "samples", f"{stage.name}_{step:06d}")
+            reports.flush()
+            with meter.paused():
+                model = nnx.merge(graphdef, state["ema"], frozen)
+                this.task.draw(model, this.workdir / "samples", f"{stage.name}_{step:06d}")
         stop = this.stop()
-        if last or stop or step % every == 0:
-            if pending is not None:  # a run that resumes from here does not write it again
-                this.metrics.write(stage.name, *pending)
-                pending = None
+        if last or stop or reports.diverged or step % every == 0:
+            reports.flush()  # a run that resumes from here does not write it again
             metadata = metadata | {"seconds": before + time.monotonic() - began}
-            checkpoints.save(step, state, batches, metadata)
+            with meter.paused():
+                checkpoints.save(step, state, batches, metadata, measured)
+        if reports.diverged:
+            checkpoints.wait()
+            raise UserError(
+                f"stage {stage.name}: {config.most_skipped} updates in a row were left out, up to "
+                f"step {step}, since their loss or gradient was no number or a spike; saved. See "
+                "metrics.jsonl; go back to an earlier checkpoint, or lower the learning rate in "
+                "another workdir"
+            )
         if stop and not last:
             checkpoints.wait()
             raise Interrupted(stage.name, step)
+    profiler.stop()
     jax.block_until_ready(state)
-    elapsed = max(time.monotonic() - rates_from, 1e-9) if rates_from else 1e-9
-    this.metrics.write(
-        stage.name,
-        config.steps,
-        {
-            "stage_seconds": before + time.monotonic() - began,
-            "images_per_second": counts["images"] / elapsed,
-            "tokens_per_second": counts["tokens"] / elapsed,
-            "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        },
-    )
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    seconds = before + time.monotonic() - began
+    totals = {"stage_seconds": seconds, **meter.total(), "peak_memory_gb": memory}
+    this.metrics.write(stage.name, config.steps, totals)
     return state
 
 
 def _held_out(
     this: _Run, stage: Stage, config: StepConfig, graphdef: nnx.GraphDef, frozen: nnx.State
 ) -> Callable[[nnx.State], dict[str, float]]:
-    """The stage's losses on a few fixed held-out batches, without training noise."""
-    iterator: Iterator[HostBatch] = iter(this.task.batches(stage.name, True, this.config.seed))
-    batches: Sequence[HostBatch] = [next(iterator) for _ in range(this.config.evaluation.batches)]
+    """The stage's losses on a few fixed held-out batches."""
+    stream = this.batches(stage.name, True, this.config.seed, placed=False)
+    batches = list(itertools.islice(stream, this.config.evaluation.batches))
+    stream.close()
+    place = functools.partial(this.place, stage.name)
     loss = stage.loss(config, training=False)
-
-    @jax.jit
-    def losses(
-        trainable: nnx.State, frozen: nnx.State, constants: Any, batch: HostBatch
-    ) -> dict[str, jax.Array]:
-        model = nnx.merge(graphdef, trainable, frozen)
-        return loss(model, constants, batch, jnp.uint32(0), jnp.float32(0.0))[1]
-
-    def evaluate(trainable: nnx.State) -> dict[str, float]:
-        found = []
-        for batch in batches:
-            placed = jax.device_put(batch, rules.batch_shardings(batch, this.mesh))
-            found.append(losses(trainable, frozen, this.constants, placed))
-        return {f"held_out_{k}": sum(float(f[k]) for f in found) / len(found) for k in found[0]}
-
-    return evaluate
+    return held_out_losses(loss, graphdef, batches, place, frozen, this.constants)

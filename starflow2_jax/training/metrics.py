@@ -1,5 +1,6 @@
 """What a run reports while it works: metrics.jsonl, TensorBoard files, lines on the terminal."""
 
+import hashlib
 import json
 import math
 import os
@@ -8,6 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TextIO
+
+from starflow2_jax.errors import UserError
 
 _RESERVED = ("stage", "step", "seconds")
 # JSON has no such numbers, and a diverged loss must be seen for what it is.
@@ -68,6 +71,7 @@ class MetricsWriter:
         tensorboard: bool = True,
         enabled: bool = True,
         clock: Callable[[], float] = time.monotonic,
+        wandb: str | None = None,
     ) -> None:
         """Opens (or makes) the files; a torn last line is removed.
 
@@ -76,6 +80,11 @@ class MetricsWriter:
             tensorboard: also write `workdir/tensorboard/STAGE`, where tensorboardX is importable.
             enabled: False in all but one process of a job; then nothing is written.
             clock: seconds.
+            wandb: Weights & Biases project that the rows are sent to as well, each under
+                `STAGE/NAME`; None or "": none.
+
+        Raises:
+            UserError: a project is given, and wandb is not installed.
         """
         self.path = pathlib.Path(workdir) / "metrics.jsonl"
         self._enabled = enabled
@@ -84,8 +93,11 @@ class MetricsWriter:
         self._writers: dict[str, Any] = {}
         self._purge_from: dict[str, int] = {}
         self._purge_others = False
+        self._wandb: Any = None
         if not enabled:
             return
+        if wandb:
+            self._wandb = _wandb_run(wandb, self.path.parent.absolute())
         if tensorboard:
             try:
                 from tensorboardX import SummaryWriter
@@ -150,6 +162,11 @@ class MetricsWriter:
             for name, number in numbers.items():
                 writer.add_scalar(name, _decode(number), int(step))
 
+        if self._wandb is not None:
+            # By a step of each stage: W&B's own only rises, and a resumed run goes back.
+            named = {f"{stage}/{name}": _decode(number) for name, number in numbers.items()}
+            self._wandb.log(named | {f"{stage}/step": int(step)})
+
     def _tensorboard(self, stage: str) -> Any:
         if stage not in self._writers:
             purge = self._purge_from.get(stage, 0 if self._purge_others else None)
@@ -202,6 +219,23 @@ class MetricsWriter:
         self._file.close()
         for writer in self._writers.values():
             writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _wandb_run(project: str, workdir: pathlib.Path) -> Any:
+    """A run of Weights & Biases: the same one whenever the work directory is continued."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            f"config.wandb is {project!r}, but wandb is not installed: pip install wandb, or leave "
+            "it empty"
+        ) from error
+    run_id = hashlib.sha256(str(workdir).encode()).hexdigest()[:16]
+    run = wandb.init(project=project, name=workdir.name, id=run_id, resume="allow", dir=workdir)
+    run.define_metric("*/step", hidden=True)
+    return run
 
 
 def _duration(seconds: float) -> str:

@@ -83,6 +83,9 @@ class PiecewiseHandler(ocp.type_handlers.NumpyHandler):
     ) -> None:
         async with self._turn:
             tspec["metadata"]["chunks"] = list(value.chunk)
+            # Weights shrink by a fifth at best, and packing them takes five times as long as
+            # writing them.
+            tspec["metadata"]["compressor"] = None
             store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
             if not value.ndim:
                 await store.write(value.read(0, 1))
@@ -90,7 +93,7 @@ class PiecewiseHandler(ocp.type_handlers.NumpyHandler):
             writing: ts.WriteFutures | None = None
             for start in range(0, value.shape[0], value.chunk[0]):
                 stop = min(start + value.chunk[0], value.shape[0])
-                rows = value.read(start, stop)  # while the last ones are compressed and written
+                rows = value.read(start, stop)  # while the last ones are written
                 if writing is not None:
                     await writing
                 writing = store[start:stop].write(rows)

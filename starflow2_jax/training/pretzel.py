@@ -14,9 +14,12 @@ from starflow2_jax.bundle import Bundle, save_bundle
 from starflow2_jax.data.pipeline import BatchShape, HostBatch, packed_batches
 from starflow2_jax.data.sequences import ImageShape
 from starflow2_jax.data.tokenizer import Tokenizer
+from starflow2_jax.errors import UserError
 from starflow2_jax.models.codec import Codec
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig
-from starflow2_jax.training.stages import STAGES, Stage
+from starflow2_jax.training.flops import pretzel_flops
+from starflow2_jax.training.stages import PRETRAIN_LM, STAGES, Stage
+from starflow2_jax.vlm_bundle import load_vlm, read_description
 
 
 class Data(Protocol):
@@ -39,12 +42,28 @@ class PretzelTask:
         data: the conversations.
         model_config: the model's shape.
         draw_samples: writes samples of fixed prompts: (bundle, folder, name).
+        vlm: directory of a converted VLM (`vlm_bundle`), of the shape that `model_config` says;
+            None: the VLM begins fresh, and stage `pretrain_lm` trains it.
     """
 
     config: ml_collections.ConfigDict
     data: Data
     model_config: PretzelConfig
     draw_samples: Callable[[Bundle, pathlib.Path, str], None]
+    vlm: pathlib.Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.vlm is None:
+            return
+        found, _ = read_description(self.vlm)
+        ours = dataclasses.replace(self.model_config.vlm, remat=found.remat)
+        if found != ours:
+            raise UserError(f"{self.vlm} holds a VLM of shape {found}, but the config has {ours}")
+        if PRETRAIN_LM.name in self.config.stages:
+            raise UserError(
+                f"stage {PRETRAIN_LM.name} would train the VLM of {self.vlm}, which never changes: "
+                "leave the stage or the VLM out"
+            )
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -64,15 +83,31 @@ class PretzelTask:
         """As it is."""
         return model
 
-    def batches(self, stage: str, held_out: bool, seed: int) -> grain.IterDataset:
-        """Packed rows."""
-        shape = BatchShape(**self.config.stages[stage].batch)
-        return packed_batches(self.data.documents(stage, held_out, seed), shape)
+    def given(self, mesh: Mesh) -> Mapping[str, nnx.State]:
+        """The converted VLM, in the types that it is stored in."""
+        if self.vlm is None:
+            return {}
+        return {"vlm": nnx.state(load_vlm(self.vlm, mesh=mesh).model)}
 
-    def counts(self, batch: HostBatch) -> dict[str, int]:
-        """Images, and tokens that are no padding."""
-        images, tokens = (batch["image_start"] >= 0).sum(), (batch["segments"] > 0).sum()
-        return {"images": int(images), "tokens": int(tokens)}
+    def batches(
+        self,
+        stage: str,
+        held_out: bool,
+        seed: int,
+        rows: slice | None = None,
+        place: Callable[[HostBatch], Any] | None = None,
+    ) -> grain.IterDataset:
+        """Packed rows."""
+        documents = self.data.documents(stage, held_out, seed)
+        return packed_batches(documents, self._shape(stage), rows, place)
+
+    def flops(self, stage: str) -> float:
+        """See `pretzel_flops`."""
+        [found] = [one for one in STAGES if one.name == stage]
+        return sum(pretzel_flops(self.model_config, found, self._shape(stage)).values())
+
+    def _shape(self, stage: str) -> BatchShape:
+        return BatchShape(**self.config.stages[stage].batch)
 
     def frozen(self, model: Pretzel) -> nnx.State:
         """The VLM."""

@@ -54,8 +54,9 @@ class Stage:
             image=float(self.image),
             text=config.text_weight if self.text else 0.0,
             latent_norm=config.latent_norm if self.image and training else 0.0,
+            z_loss=config.z_loss if training else 0.0,
         )
-        return PretzelLoss(self.parts, weights)
+        return PretzelLoss(dataclasses.replace(self.parts, text=self.text), weights)
 
 
 def _first(part: str) -> nnx.filterlib.Predicate:

@@ -1,7 +1,7 @@
 """What a run trains, as far as the loop must know: one implementation for each kind of model."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -55,11 +55,29 @@ class Task(Protocol):
     def prepare(self, stage: str, model: Any, mesh: Mesh) -> Any:
         """The model with what a stage needs of files or data, before it starts or goes on."""
 
-    def batches(self, stage: str, held_out: bool, seed: int) -> grain.IterDataset:
-        """An endless stream of a stage's batches."""
+    def given(self, mesh: Mesh) -> Mapping[str, nnx.State]:
+        """Pretrained parameters, sharded, by the part of the model that they are; often none."""
 
-    def counts(self, batch: HostBatch) -> dict[str, int]:
-        """How many images and tokens a batch has: `images`, `tokens`."""
+    def batches(
+        self,
+        stage: str,
+        held_out: bool,
+        seed: int,
+        rows: slice | None = None,
+        place: Callable[[HostBatch], Any] | None = None,
+    ) -> grain.IterDataset:
+        """An endless stream of a stage's batches.
+
+        Args:
+            stage: its name.
+            held_out: of data that no stage trains on.
+            seed: of their order.
+            rows: those of each batch that this process is to have; default all.
+            place: applied to each batch in the thread that reads ahead.
+        """
+
+    def flops(self, stage: str) -> float:
+        """What a step of a stage has to compute, see `training.flops`."""
 
     def frozen(self, model: Any) -> nnx.State | None:
         """What no stage but the first may change; None: there is nothing of the kind."""

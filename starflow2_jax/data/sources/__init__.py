@@ -6,6 +6,7 @@ be pickled, so that worker processes have copies of them.
 
 from starflow2_jax.data.sources.array_record import ArrayRecordSource
 from starflow2_jax.data.sources.conversations import ConversationSource
+from starflow2_jax.data.sources.folder import FolderSource
 from starflow2_jax.data.sources.parquet import ParquetSource
 from starflow2_jax.data.sources.record import Record, RecordError, Source
 from starflow2_jax.data.sources.webdataset import WebDatasetSource
@@ -13,6 +14,7 @@ from starflow2_jax.data.sources.webdataset import WebDatasetSource
 __all__ = [
     "ArrayRecordSource",
     "ConversationSource",
+    "FolderSource",
     "ParquetSource",
     "Record",
     "RecordError",

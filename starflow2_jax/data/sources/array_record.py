@@ -151,3 +151,22 @@ def parse_example(data: bytes) -> Fields:
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise RecordError(f"not a tf.train.Example ({error})") from error
     return fields
+
+
+def _delimited(number: int, content: bytes) -> bytes:
+    """A field of bytes of a protocol buffer message."""
+    out, size = bytearray([number << 3 | 2]), len(content)
+    while size >= 0x80:
+        out.append(size & 0x7F | 0x80)
+        size >>= 7
+    out.append(size)
+    return bytes(out) + content
+
+
+def serialised_example(fields: Mapping[str, bytes]) -> bytes:
+    """Fields of bytes as a `tf.train.Example`, what `parse_example` reads; sorted by name."""
+    features = b""
+    for name in sorted(fields):
+        feature = _delimited(1, _delimited(1, fields[name]))
+        features += _delimited(1, _delimited(1, name.encode()) + _delimited(2, feature))
+    return _delimited(1, features)

@@ -1,0 +1,56 @@
+"""Cached latents of a frozen autoencoder, as a run trains on them: without the autoencoder.
+
+Letters: B images, N tokens, C latent channels.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LatentCodec:
+    """A diagonal posterior for each token, normalised by statistics of the whole data.
+
+    Attributes:
+        mean, std: [C], of the latents.
+        tokens: N.
+        noise_std: of the noise on the normalised latents, always there: the flow models them so.
+    """
+
+    mean: jax.Array
+    std: jax.Array
+    tokens: int = dataclasses.field(metadata={"static": True})
+    noise_std: float = dataclasses.field(default=0.3, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, 2 C] of one image as batches hold it: means, then log-variances."""
+        return (self.tokens, 2 * len(self.mean))
+
+    def latents(
+        self,
+        images: jax.Array,
+        seed: jax.Array | int,
+        image_seeds: jax.Array,
+        noise_std: jax.Array | float = 0.0,
+        reading: bool = False,
+    ) -> jax.Array:
+        """See `codec.Codec`; images are [B, N, 2 C], and `reading` takes the posterior's mean."""
+        mean, log_variance = jnp.split(images.astype(jnp.float32), 2, axis=-1)
+        base, shape = jax.random.key(seed), mean.shape[1:]
+
+        def draw(image_seed: jax.Array) -> tuple[jax.Array, jax.Array]:
+            sample, noise = jax.random.split(jax.random.fold_in(base, image_seed))
+            return jax.random.normal(sample, shape), jax.random.normal(noise, shape)
+
+        normal, noise = jax.vmap(draw)(jnp.asarray(image_seeds))
+        z = mean if reading else mean + jnp.exp(0.5 * log_variance) * normal
+        return (z - self.mean) / self.std + jnp.hypot(self.noise_std, noise_std) * noise
+
+    def bits_per_dim(self, log_prob: jax.Array) -> jax.Array:
+        """log p(x) in nats of a whole image -> bits per noisy normalised latent dim."""
+        return -log_prob / (self.tokens * len(self.mean) * math.log(2.0))

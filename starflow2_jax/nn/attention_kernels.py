@@ -1,0 +1,208 @@
+"""Attention by the accelerators' own kernels, which never hold the scores of a long row.
+
+`nn.attention` chooses them. Letters: B rows, T positions, K kv heads, G query heads per kv head, d.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+)
+
+from starflow2_jax.nn import partition
+
+SPLASH_LANES = 128
+"""Splash wants lengths that this divides; shorter ones are padded."""
+SPLASH_BLOCK = 512
+"""Positions of a block of scores, at most."""
+SPLASH_HEAD_DIMS = (64, 128)
+CUDNN_SEGMENTS = 32
+"""Segments of a row, at most, that cuDNN is told of."""
+RESIDUALS = "attention"
+"""Name of what a kernel's backward pass needs, for rematerialisation policies."""
+
+
+def splash_block(length: int) -> int:
+    """The block size for a padded length: the largest that divides it."""
+    return next(b for b in (512, 384, 256, 128) if b <= SPLASH_BLOCK and length % b == 0)
+
+
+def _splash_kernel(
+    heads: int, length: int, causal: bool, interpret: bool
+) -> splash_attention_kernel.SplashAttentionKernel:
+    shape = (length, length)
+    mask = (
+        splash_attention_mask.CausalMask(shape) if causal else splash_attention_mask.FullMask(shape)
+    )
+    block = splash_block(length)
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    return splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([mask] * heads),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=sizes,
+        residual_checkpoint_name=RESIDUALS,
+        interpret=interpret,
+    )
+
+
+def splash(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    causal: bool,
+    interpret: bool = False,
+) -> jax.Array:
+    """TPU's splash attention, on each device for its own rows and heads.
+
+    Args:
+        q: [B, T, K, G, d], scaled.
+        k, v: [B, T, K, d].
+        segments: int32 [B, T]; a position sees its own segment. None: one segment.
+        causal: position q sees k <= q only.
+        interpret: run the kernel's program without a TPU; slow.
+
+    Returns:
+        [B, T, K, G, d] in q's dtype.
+    """
+    size = q.shape[1]
+    more = -size % SPLASH_LANES
+    if more or segments is not None:
+        own = jnp.ones(q.shape[:2], jnp.int32) if segments is None else segments
+        segments = jnp.pad(own, ((0, 0), (0, more)), constant_values=-1)
+        pad = lambda a: jnp.pad(a, ((0, 0), (0, more)) + ((0, 0),) * (a.ndim - 2))
+        q, k, v = pad(q), pad(k), pad(v)
+
+    def here(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
+        rows, length, kv_heads, groups, d = q.shape
+        kernel = _splash_kernel(kv_heads * groups, length, causal, interpret)
+        heads_first = lambda a: jnp.moveaxis(a.reshape(rows, length, -1, d), 1, 2)
+        ids = splash_attention_kernel.SegmentIds
+        own = None if segments is None else ids(segments, segments)
+        mixed = jax.vmap(kernel)(heads_first(q), heads_first(k), heads_first(v), own)
+        return jnp.moveaxis(mixed, 1, 2).reshape(q.shape)
+
+    names = ("batch", None, "heads", None, None)
+    mixed = partition.on_each_device(
+        here,
+        (q, k, v, segments),
+        (names, names[:4], names[:4], names[:2]),
+        names,
+    )
+    return mixed[:, :size]
+
+
+def cudnn(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array | None,
+    segments: jax.Array | None,
+    causal: bool,
+) -> jax.Array:
+    """cuDNN's fused attention, on each device for its own rows and heads.
+
+    Args:
+        q: [B, T, K, G, d], not scaled.
+        k, v: [B, T, K, d].
+        lengths: int32 [B], real positions of each row, or None.
+        segments: int32 [B, T], ascending, then 0; a position sees its own segment. None: one. Not
+            together with lengths. A row that they are not in order in, or with more than
+            `CUDNN_SEGMENTS`, is NaN: cuDNN would see something else.
+        causal: position q sees k <= q only.
+
+    Returns:
+        [B, T, K, G, d] in q's dtype.
+    """
+
+    def here(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        lengths: jax.Array | None,
+        segments: jax.Array | None,
+    ) -> jax.Array:
+        b, t, kv_heads, groups, d = q.shape
+        heads = q.reshape(b, t, kv_heads * groups, d)
+        if segments is not None:
+            return _cudnn_packed(heads, k, v, segments, causal).reshape(q.shape)
+        mixed = jax.nn.dot_product_attention(
+            heads,
+            k,
+            v,
+            is_causal=causal,
+            query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
+            implementation="cudnn",
+        )
+        return mixed.reshape(q.shape)
+
+    names = ("batch", None, "heads", None, None)
+    mixed = partition.on_each_device(
+        here,
+        (q, k, v, lengths, segments),
+        (names, names[:4], names[:4], names[:1], names[:2]),
+        names,
+    )
+    return checkpoint_name(mixed, RESIDUALS)
+
+
+def packed_offsets(segments: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Where the runs of equal ids of each row begin, and how long they are.
+
+    Args:
+        segments: int32 [B, T].
+        most: runs that there is room for, M.
+
+    Returns:
+        int32 [B, M + 1] first positions and int32 [B, M] lengths, -1 behind the last run; bool [B],
+        whether there is room, and the ids ascend up to the zeros at the end.
+    """
+    size = segments.shape[1]
+    index = jnp.arange(size, dtype=jnp.int32)
+    before = jnp.pad(segments, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    new = segments != before
+    first = jnp.sort(jnp.where(new, index, size), axis=1)
+    first = jnp.pad(first, ((0, 0), (0, max(0, most + 1 - size))), constant_values=size)
+    first = first[:, : most + 1]
+    lengths = jnp.where(first[:, :-1] < size, first[:, 1:] - first[:, :-1], -1)
+    ordered = ((segments >= before) | (segments == 0)).all(1)
+    padding_last = ~((before[:, 1:] == 0) & (segments[:, 1:] != 0)).any(1)
+    good = (first[:, -1] == size) & ordered & padding_last
+    return jnp.where(first < size, first, -1), lengths, good
+
+
+def _cudnn_packed(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, causal: bool
+) -> jax.Array:
+    """Rows of several segments [B, T, H, d], by the offsets of the segments."""
+    # jax.nn has no argument for them.
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    offsets, lengths, good = packed_offsets(segments, CUDNN_SEGMENTS)
+    mixed = dot_product_attention(
+        q,
+        k,
+        v,
+        q_seqlen=lengths,
+        kv_seqlen=lengths,
+        q_offsets=offsets,
+        kv_offsets=offsets,
+        scale=1.0 / math.sqrt(q.shape[-1]),
+        mask_type=MaskType.PADDING_CAUSAL if causal else MaskType.PADDING,
+    )
+    return jnp.where(good[:, None, None, None], mixed, jnp.nan)

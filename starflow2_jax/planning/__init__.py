@@ -1,0 +1,1 @@
+"""What a config costs on a named accelerator topology, by its compiler."""

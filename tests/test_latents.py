@@ -1,0 +1,241 @@
+"""Cached latents: what they hold, resuming, refusing, and bad images; through the command."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from starflow2_jax import fae_cache
+from starflow2_jax.cli.main import main
+from starflow2_jax.data import latents
+from starflow2_jax.data.decoding import decode
+from starflow2_jax.data.latents import CacheShape, LatentSource
+from starflow2_jax.data.mixture import Entry, MixtureData
+from starflow2_jax.data.sequences import ImageShape
+from starflow2_jax.data.sources import FolderSource
+from starflow2_jax.data.sources.array_record import parse_example, serialised_example
+from starflow2_jax.data.tasks import Draw
+from starflow2_jax.data.tokenizer import train_tokenizer
+from starflow2_jax.errors import UserError
+from starflow2_jax.fae_bundle import load_fae, read_fae, save_fae
+from starflow2_jax.models.fae import (
+    EncoderConfig,
+    FAEConfig,
+    FeatureDecoderConfig,
+    FeatureFAE,
+    PixelDecoderConfig,
+)
+from starflow2_jax.models.fae_codec import FAECodec
+from starflow2_jax.models.patches import noisy_latents
+
+COUNT, SIDE, PATCH = 22, 2, 4
+SIZE = SIDE * PATCH
+
+
+def make_fae(seed):
+    config = FAEConfig(
+        features=PATCH * PATCH * 3,
+        channels=3,
+        side=SIDE,
+        encoder=EncoderConfig(heads=2, head_dim=8),
+        feature_decoder=FeatureDecoderConfig(1, 2, 16, final_norm="none"),
+        pixel_decoder=PixelDecoderConfig(1, 16, 2, 16, patch=PATCH),
+    )
+    return FeatureFAE(config, None, rngs=nnx.Rngs(seed))
+
+
+@pytest.fixture(scope="module")
+def faes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fae")
+    for seed in (0, 1):
+        save_fae(folder / str(seed), make_fae(seed))
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(COUNT):
+        values = rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def cache(faes, pictures, out, **options):
+    options = {"keep": ("file",), "shard": 8, "batch": 4, "threads": 2} | options
+    return fae_cache.cache_latents(faes / "0", FolderSource(pictures), out, **options)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_records_hold_the_posterior(faes, pictures, tmp_path):
+    rates = cache(faes, pictures, tmp_path / "cache")
+    assert rates.images == COUNT
+    names = sorted(path.name for path in (tmp_path / "cache").glob("*.array_record"))
+    assert names == [f"latents-0000{i}-of-00003.array_record" for i in range(3)]
+    model = load_fae(faes / "0")
+    source = LatentSource(tmp_path / "cache", read_fae(faes / "0")[1]["checksum"])
+    assert len(source) == COUNT
+    for index in (0, 9, COUNT - 1):  # the last is of a batch that was filled up
+        assert source[index].text("file") == f"{index:03d}.png"
+        image = np.asarray(Image.open(pictures / f"{index:03d}.png"))
+        posterior = model.encode(jnp.asarray(image)[None], jnp.dtype("float32"))
+        wanted = np.concatenate([posterior.mean[0], posterior.logvar[0]], -1)
+        found = source.moments(index).astype(np.float32)
+        assert found.shape == (SIDE**2, 6)
+        np.testing.assert_allclose(found, wanted, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("kills", [(5, 13), (8, 8), (1, 21)])
+def test_interrupted_twice_gives_the_same_bytes(faes, pictures, tmp_path, monkeypatch, kills):
+    cache(faes, pictures, tmp_path / "whole")
+    decode_still = fae_cache.decode_still
+
+    class Killed(BaseException):
+        """As a signal would: no handler of errors sees it."""
+
+    for last in kills:
+        read = []
+
+        def until(data, shape, read=read, last=last):
+            read.append(0)
+            if len(read) > last:
+                raise Killed
+            return decode_still(data, shape)
+
+        monkeypatch.setattr(fae_cache, "decode_still", until)
+        with pytest.raises(Killed):
+            cache(faes, pictures, tmp_path / "cut", threads=1)
+        with pytest.raises(UserError, match="not complete"):
+            LatentSource(tmp_path / "cut", read_fae(faes / "0")[1]["checksum"])
+    monkeypatch.setattr(fae_cache, "decode_still", decode_still)
+    cache(faes, pictures, tmp_path / "cut")
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert cache(faes, pictures, tmp_path / "cut").images == 0
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_a_cache_that_goes_on(faes, pictures, tmp_path):
+    cache(faes, pictures, tmp_path / "whole", shard=4)
+    command = [sys.executable, "-m", "starflow2_jax", "data", "latents"]
+    command += ["--fae", str(faes / "0"), "--data", str(pictures), "--keep", "file"]
+    command += ["--shard", "4", "--batch", "4", "--out", str(tmp_path / "cut")]
+    first = tmp_path / "cut" / "latents-00000-of-00006.array_record"
+    for _ in range(2):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for _ in range(2400):
+            if first.exists() or process.poll() is not None:
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert first.exists()
+    assert main(command[3:]) == 0
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_another_cache_is_refused(faes, pictures, tmp_path):
+    out = tmp_path / "cache"
+    cache(faes, pictures, out)
+    before = contents(out)
+    with pytest.raises(UserError, match="latents of another FAE"):
+        fae_cache.cache_latents(faes / "1", FolderSource(pictures), out, shard=8, batch=4)
+    with pytest.raises(UserError, match="of another FAE"):
+        LatentSource(out, read_fae(faes / "1")[1]["checksum"])
+    with pytest.raises(UserError, match="shard"):
+        cache(faes, pictures, out, shard=16)
+    (pictures / "022.png").write_bytes((pictures / "021.png").read_bytes())
+    with pytest.raises(UserError, match="records"):
+        cache(faes, pictures, out)
+    assert contents(out) == before
+
+
+def animation(path):
+    frames = [Image.new("RGB", (SIZE, SIZE), colour) for colour in ("red", "blue")]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def sixteen_bits(path):
+    Image.new("I;16", (SIZE, SIZE), 900).save(path)
+
+
+def cut_off(path):
+    data = path.read_bytes()
+    path.write_bytes(data[:40])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(animation, "animated"), (sixteen_bits, "mode I;16"), (cut_off, "cannot be read")],
+)
+def test_bad_images_are_named(faes, pictures, tmp_path, capsys, damage, words):
+    damage(pictures / "010.png")
+    command = ["data", "latents", "--fae", str(faes / "0"), "--data", str(pictures)]
+    command += ["--shard", "8", "--batch", "4", "--out", str(tmp_path / "cache")]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "010.png" in error and words in error and error.count("\n") == 1
+
+
+def test_the_command_says_what_is_missing(faes, pictures, tmp_path, capsys):
+    (faes / "bare").mkdir(exist_ok=True)
+    for what, fae, data in (
+        ("model.json", faes / "bare", pictures),
+        ("no folder", faes / "0", tmp_path / "none"),
+    ):
+        command = ["data", "latents", "--fae", str(fae), "--data", str(data)]
+        assert main([*command, "--out", str(tmp_path / "cache")]) == 2
+        assert what in capsys.readouterr().err
+
+
+def test_examples_come_back():
+    fields = {"a": b"", "moments": bytes(range(256)) * 3, "ü": b"text"}
+    assert parse_example(serialised_example(fields)) == {**fields, "a": b""}
+
+
+def test_training_reads_a_cache_and_samples_it(faes, pictures, tmp_path):
+    """The mixture takes cached latents as it takes files; each reading draws anew."""
+    cache(faes, pictures, tmp_path / "cache")
+    record = read_fae(faes / "0")[1]
+    source = LatentSource(tmp_path / "cache", record["checksum"])
+    shape = ImageShape(SIZE, SIZE, 3, SIDE, moments=6)
+    codec = FAECodec(load_fae(faes / "0"), (SIZE, SIZE, 3), noise_std=0.0)
+    data = MixtureData(
+        tokenizer=train_tokenizer(["a picture 0123456789.png"], vocab_size=300),
+        image=shape,
+        codec=codec,
+        entries={"cached": Entry(source, Draw(image="moments", caption="file"))},
+        mixtures={"text_to_image": {"cached": 1.0}},
+        text_drop=0.0,
+    )
+    document = next(iter(data.documents("text_to_image", False, 0).dataset.to_iter_dataset()))
+    number = int(str(document["record"]).rsplit(" ", 1)[1]) + 8 * int(
+        str(document["record"]).split("latents-")[1][:5]
+    )
+    moments = source.moments(number)
+    assert np.array_equal(document["images"][0], moments)
+    x = noisy_latents(codec, document["images"], 0, document["image_seeds"])
+    again = noisy_latents(codec, document["images"], 1, document["image_seeds"])
+    mean, logvar = np.split(moments.astype(np.float32), 2, -1)
+    deviations = (np.stack([x[0], again[0]]) - mean) / np.exp(0.5 * logvar)
+    assert np.abs(deviations).max() < 6 and np.abs(deviations[0] - deviations[1]).max() > 0.1
+    with pytest.raises(ValueError, match="reshape|multiple"):
+        decode(document["images"].tobytes()[:-2], shape)
+
+
+def test_names_tell_caches_apart(pictures):
+    one = latents.names_checksum(FolderSource(pictures))
+    (pictures / "000.png").rename(pictures / "0.png")
+    assert latents.names_checksum(FolderSource(pictures)) != one
+    shape = CacheShape("f", 4, 6, 8, 17, one, shard=8, batch=4)
+    assert shape.shards == 3 and shape.file(2) == "latents-00002-of-00003.array_record"
