@@ -14,7 +14,7 @@ import pytest
 import tensorstore
 
 from starflow2_jax.errors import UserError
-from starflow2_jax.training import checkpoint, digest
+from starflow2_jax.training import checkpoint, digest, tree_files
 from starflow2_jax.training.checkpoint import Checkpoints, checksum, load_tree, save_tree
 
 
@@ -193,7 +193,7 @@ def test_a_missing_step_names_those_that_exist(tmp_path):
 
 def test_another_format_version(tmp_path, monkeypatch):
     state = {"a": jnp.zeros(1)}
-    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 99)
+    monkeypatch.setattr(tree_files, "FORMAT_VERSION", 99)
     with Checkpoints(tmp_path / "run") as checkpoints:
         checkpoints.save(1, state)
     save_tree(tmp_path / "tree", state, {})

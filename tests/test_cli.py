@@ -272,8 +272,8 @@ def test_train_runs_the_loop_then_the_report(config_file, tmp_path, loop):
     workdir = tmp_path / "run"
     argv = ["train", "--config.name", "cats", "--config", str(config_file), "--workdir"]
     assert cli.main([*argv, str(workdir), "--config.seed=4"]) == 0
-    ((config, module, given),) = loop.calls
-    assert (config.name, config.seed, given) == ("cats", 4, workdir)
+    ((config, module, given, peak_flops),) = loop.calls
+    assert (config.name, config.seed, given, peak_flops) == ("cats", 4, workdir, None)
     assert config.is_locked and module.get_config
     assert (workdir / "report").read_text() == "cats"
 
@@ -346,6 +346,8 @@ def test_help_is_complete(capsys):
         assert command.description.strip().splitlines()[0] in text
         for action in command._actions:
             assert action.help, f"{name}: no help for {action.option_strings or action.dest}"
+            if action.help == argparse.SUPPRESS:  # between processes, not for people
+                continue
             assert all(option in text for option in action.option_strings)
         if command.get_default("overrides") is not None:
             assert "--config.a.b=VALUE" in text and "--config.smoke=True" in text
