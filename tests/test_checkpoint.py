@@ -14,7 +14,7 @@ import pytest
 import tensorstore
 
 from starflow2_jax.errors import UserError
-from starflow2_jax.training import checkpoint, digest, tree_files
+from starflow2_jax.training import digest, tree_files
 from starflow2_jax.training.checkpoint import Checkpoints, checksum, load_tree, save_tree
 
 
