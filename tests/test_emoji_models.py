@@ -106,6 +106,8 @@ def test_masked_loss_adds_up_over_parts(masked, most):
     assert (float(metrics["loss_masked"]) == 0.0) == (most == 0.0)
     counts = loss.counts(batch)
     assert (int(counts["images"]), int(counts["tokens"])) == (6, 24)
-    parts = [{name: array[rows] for name, array in batch.items()} for rows in np.split(range(6), 3)]
+    parts = [
+        {name: array[rows] for name, array in batch.items()} for rows in np.split(np.arange(6), 3)
+    ]
     total = sum(float(run(model, part, counts)[0]) for part in parts)
     assert total == pytest.approx(float(whole), rel=1e-5)

@@ -103,7 +103,7 @@ def test_every_number_of_a_conversation(folder, model, images, tmp_path, capsys)
         for image, nats, bits in zip(
             row["images"], scores.images, scores.bits_per_dim, strict=True
         ):
-            assert image["nats"] == pytest.approx(nats, rel=1e-9)
+            assert image["nats"] == pytest.approx(nats, rel=1e-6)  # float32
             assert image["bits_per_dim"] == pytest.approx(bits, rel=1e-6)
             draws = np.array(image["nats_by_draw"])
             bound = np.logaddexp.reduce(draws) - np.log(3)
@@ -111,13 +111,13 @@ def test_every_number_of_a_conversation(folder, model, images, tmp_path, capsys)
             assert image["nats_spread"] == pytest.approx(draws.std(ddof=1), rel=1e-6) != 0
             assert image["bits_per_dim_bound"] < image["bits_per_dim"]
         assert row["text_tokens"] == len(scores.text)
-        assert row["text_nats"] == pytest.approx(scores.text.sum(), rel=1e-9)
-        assert row["perplexity"] == pytest.approx(math.exp(-scores.text.mean()), rel=1e-9)
+        assert row["text_nats"] == pytest.approx(scores.text.sum(), rel=1e-6)
+        assert row["perplexity"] == pytest.approx(math.exp(-scores.text.mean()), rel=1e-6)
         assert row["joint_nats"] == pytest.approx(drawn["nats"] + row["text_nats"], rel=1e-9)
     assert summary["images"] == 2 * COUNT
     tokens = sum(len(s.text) for s in expected)
     assert summary["perplexity"] == pytest.approx(
-        math.exp(-sum(s.text.sum() for s in expected) / tokens), rel=1e-9
+        math.exp(-sum(s.text.sum() for s in expected) / tokens), rel=1e-6
     )
     drawn = summary["assistant_images"]
     bits = np.array([s.bits_per_dim[1] for s in expected])
