@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 
 import starflow2_jax
-from starflow2_jax.cli import chat, convert, evaluate, sample, train
+from starflow2_jax.cli import chat, convert, evaluate, sample, serve, train
 from starflow2_jax.cli.config import split_overrides
 from starflow2_jax.errors import Interrupted, UserError
 
@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "convert": convert,
     "chat": chat,
+    "serve": serve,
 }
 
 
