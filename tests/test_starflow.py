@@ -212,16 +212,20 @@ def test_denoising_is_one_score_step(x64):
 
 def test_compute_in_bfloat16_keeps_the_affine_maps_in_float32():
     config = dataclasses.replace(STARFLOW, dtype="bfloat16")
-    model, x, side = model_of(config, np.float32), images(config), given(config)
+    # Random weights of the usual size magnify every rounding, and the two directions round apart.
+    calm = lambda config: jax.tree.map(lambda a: 0.5 * a, model_of(config, np.float32))
+    model, x, side = calm(config), images(config), given(config)
     x, side = x.astype(jnp.float32), jax.tree.map(lambda a: a.astype(jnp.float32), side)
     passed = forward(model, x, side)
     assert passed.z.dtype == passed.log_prob.dtype == jnp.float32
-    exact = forward(model_of(dataclasses.replace(STARFLOW, dtype="float32"), np.float32), x, side)
+    exact = forward(calm(dataclasses.replace(STARFLOW, dtype="float32")), x, side)
     assert np.abs(passed.z - exact.z).max() < 0.1 * np.abs(exact.z).max()
+    assert np.abs(passed.z - exact.z).max() > 0
+    # Of what bfloat16 can hold, most elements are not.
+    assert np.mean(passed.z != passed.z.astype(jnp.bfloat16)) > 0.9
     sample = reverse(model, passed.z, side)[-1]
-    # The two directions round differently, which a random model magnifies.
     assert sample.dtype == jnp.float32
-    assert np.abs(sample - x).mean() < 0.2 * np.abs(x).mean()
+    assert np.abs(sample - x).mean() < 0.02 * np.abs(x).mean()
 
 
 def test_jacobi_samples_any_image_model(x64):

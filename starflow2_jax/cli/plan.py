@@ -21,8 +21,11 @@ topologies:
   v5p:4x4x4, tpu7x:4x4x4  chips of a 3-D slice
   h100:4x8                nodes x GPUs of a node
 
-A config file may have settings for the topology (a function `for_topology`); --config.KEY=VALUE
-wins over them.
+A config file may have settings for the topology (a function `for_topology`).
+
+overrides:
+  --config.a.b=VALUE    replace an entry of the config, and of those settings; may be repeated
+  --config.smoke=True   the config's tiny sizes
 
 examples:
   starflow2 plan --config configs/starflow2_7b.py --topology v5p:4x4x4 --stage joint
