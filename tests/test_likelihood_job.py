@@ -103,26 +103,25 @@ def test_every_number_of_a_conversation(folder, model, images, tmp_path, capsys)
         for image, nats, bits in zip(
             row["images"], scores.images, scores.bits_per_dim, strict=True
         ):
-            assert image["nats"] == pytest.approx(nats, rel=1e-6)  # float32
-            assert image["bits_per_dim"] == pytest.approx(bits, rel=1e-6)
+            assert image["nats"] == pytest.approx(nats, rel=1e-5)
+            assert image["bits_per_dim"] == pytest.approx(bits, rel=1e-5)
             draws = np.array(image["nats_by_draw"])
             bound = np.logaddexp.reduce(draws) - np.log(3)
             assert image["nats_bound"] == pytest.approx(bound, rel=1e-9)
             assert image["nats_spread"] == pytest.approx(draws.std(ddof=1), rel=1e-6) != 0
             assert image["bits_per_dim_bound"] < image["bits_per_dim"]
         assert row["text_tokens"] == len(scores.text)
-        assert row["text_nats"] == pytest.approx(scores.text.sum(), rel=1e-6)
-        assert row["perplexity"] == pytest.approx(math.exp(-scores.text.mean()), rel=1e-6)
+        assert row["text_nats"] == pytest.approx(scores.text.sum(), rel=1e-5)
+        assert math.log(row["perplexity"]) == pytest.approx(-scores.text.mean(), rel=1e-5)
         assert row["joint_nats"] == pytest.approx(drawn["nats"] + row["text_nats"], rel=1e-9)
     assert summary["images"] == 2 * COUNT
     tokens = sum(len(s.text) for s in expected)
-    assert summary["perplexity"] == pytest.approx(
-        math.exp(-sum(s.text.sum() for s in expected) / tokens), rel=1e-6
-    )
+    nats = sum(s.text.sum() for s in expected)
+    assert math.log(summary["perplexity"]) == pytest.approx(-nats / tokens, rel=1e-5)
     drawn = summary["assistant_images"]
     bits = np.array([s.bits_per_dim[1] for s in expected])
-    assert drawn["bits_per_dim"] == pytest.approx(bits.mean(), rel=1e-6)
-    assert np.mean(drawn["bits_per_dim_by_draw"]) == pytest.approx(bits.mean(), rel=1e-6)
+    assert drawn["bits_per_dim"] == pytest.approx(bits.mean(), rel=1e-5)
+    assert np.mean(drawn["bits_per_dim_by_draw"]) == pytest.approx(bits.mean(), rel=1e-5)
 
 
 def test_bits_per_dim_are_those_of_the_training_objective(folder, model, tmp_path):
