@@ -256,9 +256,10 @@ def test_one_request_too_many_is_refused(server):
     assert set(statuses) == {200, 503} and server.idle()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromedriver") is None, reason="Chromium is not installed")
 def test_the_page_in_chromium(server, tmp_path):
+    driver = shutil.which("chromedriver")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    assert driver and chromium, "needs Chromium: apt-get install chromium chromium-driver"
     from selenium import webdriver
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
@@ -266,8 +267,8 @@ def test_the_page_in_chromium(server, tmp_path):
     options = webdriver.ChromeOptions()
     for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
         options.add_argument(word)
-    options.binary_location = shutil.which("chromium")
-    service = webdriver.ChromeService(shutil.which("chromedriver"))
+    options.binary_location = chromium
+    service = webdriver.ChromeService(driver)
     browser = webdriver.Chrome(options, service)
     try:
         browser.get(f"http://127.0.0.1:{server.port}/")

@@ -92,7 +92,7 @@ def tiled(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
     return np.concatenate(lines, 0)
 
 
-def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+def json_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
     """(file:line, value) of each line that is not empty."""
     for number, line in enumerate(_text(path).splitlines(), 1):
         if not line.strip():
@@ -177,7 +177,7 @@ class GenEval:
     def items(self, prompts: pathlib.Path) -> list[Item]:
         """See `Layout`."""
         found = []
-        for where, record in _json_lines(prompts):
+        for where, record in json_lines(prompts):
             _field(record, "tag", str, where)
             _field(record, "include", list, where)
             text = _field(record, "prompt", str, where)
@@ -366,7 +366,7 @@ class LmmsEval:
     def items(self, prompts: pathlib.Path) -> list[Item]:
         """See `Layout`."""
         found = []
-        for where, record in _json_lines(prompts):
+        for where, record in json_lines(prompts):
             number = _field(record, "doc_id", int, where)
             found.append(Item(str(number), _field(record, "prompt", str, where), record))
         return _unique(found, prompts)

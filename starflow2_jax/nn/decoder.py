@@ -7,6 +7,7 @@ M cache slots.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -39,7 +40,8 @@ class DecoderConfig:
 
     Attributes:
         norm: "layer" (LayerNorm), "rms" (gain = weight).
-        mlp: "gelu" (exact, two matrices) or "swiglu" (three).
+        mlp: "gelu" (exact, two matrices), "quick_gelu" (x sigmoid(1.702 x) in its place), "swiglu"
+            (three).
         final_norm: none, "layer", "rms" (gain = weight) or "rms_unit_offset" (gain = 1 + weight).
         remat: what the backward pass recomputes: "none"; "dots", all but matrix products;
             "products", all but the matrix products and the attention that it needs (weights are
@@ -57,7 +59,7 @@ class DecoderConfig:
     head_dim: int
     mlp_width: int
     norm: Literal["layer", "rms"]
-    mlp: Literal["gelu", "swiglu"]
+    mlp: Literal["gelu", "quick_gelu", "swiglu"]
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
@@ -73,6 +75,13 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} heads do not share {self.kv_heads} kv heads evenly")
+
+
+_MLPS: dict[str, Callable[..., nnx.Module]] = {
+    "gelu": layers.GeluMLP,
+    "quick_gelu": functools.partial(layers.GeluMLP, quick=True),
+    "swiglu": layers.SwiGLU,
+}
 
 
 class Attention(nnx.Module):
@@ -146,7 +155,7 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, stack: tuple[int, ...]) -> None:
         norm = layers.LayerNorm if config.norm == "layer" else layers.RMSNorm
-        mlp = layers.GeluMLP if config.mlp == "gelu" else layers.SwiGLU
+        mlp = _MLPS[config.mlp]
         norm_args: dict[str, Any] = {
             "rngs": rngs,
             "epsilon": config.norm_epsilon,
