@@ -1,38 +1,13 @@
 """Inception-v3 of the Fréchet distance from its public PyTorch file."""
 
 import pathlib
-from collections.abc import Iterator
-
-import numpy as np
-from flax import nnx
 
 from starflow2_jax.convert import table
-from starflow2_jax.convert.table import Entry, plain
+from starflow2_jax.convert.table import plain
 from starflow2_jax.convert.tensor_files import open_tensors
 from starflow2_jax.errors import UserError
+from starflow2_jax.models import inception
 from starflow2_jax.models.inception import Inception
-
-_UNIT = {
-    "scale": "bn.weight",
-    "bias": "bn.bias",
-    "mean": "bn.running_mean",
-    "variance": "bn.running_var",
-}
-
-
-def entries() -> Iterator[Entry]:
-    """Every parameter and its tensor."""
-    yield from table.linear("fc", "fc")
-    for path in table.shapes_of(lambda: Inception(rngs=nnx.Rngs(0))):
-        part, _, leaf = path.rpartition(".")
-        name = part.removeprefix("stem.")
-        if part == "fc":
-            continue
-        if leaf == "kernel":
-            forth = lambda w: w.transpose(2, 3, 1, 0)
-            yield plain(path, f"{name}.conv.weight", forth, lambda k: k.transpose(3, 2, 0, 1))
-        else:
-            yield plain(path, f"{name}.{_UNIT[leaf]}")
 
 
 def load_inception(file: pathlib.Path) -> Inception:
@@ -41,19 +16,21 @@ def load_inception(file: pathlib.Path) -> Inception:
     Args:
         file: `pt_inception-2015-12-05-6726825d.pth` (pytorch-fid) or
             `weights-inception-2015-12-05-6726825d.pth` (torch-fidelity), which are the same and
-            need torch to be read; or their tensors as `.safetensors`.
+            need torch to be read; or their tensors as `.safetensors`. The classifier is passed
+            over.
 
     Raises:
         UserError: no such file, damaged, or tensors that do not make up the network.
     """
+    wanted = inception.shapes()
     with open_tensors(file) as opened:
-        tensors = {
-            name: np.array(opened.read(name), np.float32)
-            for name in opened.shapes
-            if not name.endswith(".num_batches_tracked")
+        there = {
+            name: shape
+            for name, shape in opened.shapes.items()
+            if not name.startswith("fc.") and not name.endswith(".num_batches_tracked")
         }
-    try:
-        return table.from_tensors(lambda: Inception(rngs=nnx.Rngs(0)), list(entries()), tensors)
-    except ValueError as error:
-        reason = " ".join(str(error).split())[:2000]
-        raise UserError(f"{file}: no Inception-v3 of the Fréchet distance: {reason}") from error
+        problems = table.misfits([plain(name, name) for name in wanted], wanted, there)
+        if problems:
+            listed = "; ".join(problems)[:2000]
+            raise UserError(f"{file}: no Inception-v3 of the Fréchet distance: {listed}")
+        return Inception.from_tensors({name: opened.read(name) for name in wanted})

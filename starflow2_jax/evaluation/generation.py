@@ -29,6 +29,7 @@ from starflow2_jax.evaluation.distances import (
 )
 from starflow2_jax.evaluation.formats import json_lines
 from starflow2_jax.evaluation.job import EXAMPLES, SUMMARY, mean, standard_error
+from starflow2_jax.models.inception import FEATURES
 from starflow2_jax.provenance import write_json, write_text
 
 OnProgress = Callable[[str, int, int], None]
@@ -143,7 +144,7 @@ def _distances(setting: Setting, on_progress: OnProgress | None) -> dict[str, An
     model = load_inception(pathlib.Path(setting.inception))
     theirs = None
     if reference.suffix == ".npz":
-        others = read_statistics(reference, model.fc.kernel.shape[0])
+        others = read_statistics(reference, FEATURES)
         summary: dict[str, Any] = {"images": len(files)}
     else:
         their_files = _files(setting.reference)

@@ -1,25 +1,22 @@
 """Inception-v3 as the Fréchet distance uses it: features of pictures, [2048] each.
 
 Specification: arXiv 1512.00567; the network of 2015-12-05, whose graph differs from others of the
-name: average pools leave out the border, the last block's pool takes the largest, there are 1008
-classes. Parts have the names of its public PyTorch files. Letters: B images, H, W pixels, C
-channels.
+name: average pools leave out the border, and the last block's pool takes the largest. Parts have
+the names of its public PyTorch files. Letters: B images, H, W pixels, C channels.
 """
 
+import dataclasses
 import functools
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-
-from starflow2_jax.nn import layers
 
 SIDE = 299
 """Pixels along the edge of the pictures that the network takes."""
 FEATURES = 2048
-CLASSES = 1008
 _EPSILON = 1e-3
 
 
@@ -129,6 +126,7 @@ _STEM: _Branch = (
     _HALVED,
 )
 _BLOCKS: dict[str, _Block] = {
+    "": (_STEM,),
     "Mixed_5b": _block_35(32),
     "Mixed_5c": _block_35(64),
     "Mixed_5d": _block_35(64),
@@ -143,31 +141,46 @@ _BLOCKS: dict[str, _Block] = {
 }
 
 
-class Unit(nnx.Module):
-    """Convolution without a bias, batch normalisation with fixed statistics, ReLU."""
+def _steps(name: str, block: _Block, before: int) -> Iterator[tuple[str, int, _Conv]]:
+    """The convolutions of a block: public name, input channels, what it is."""
+    prefix = f"{name}." if name else ""
+    for branch in block:
+        width = before
+        for step in branch:
+            if not isinstance(step, _Pool):
+                for way in _ways(step):
+                    yield f"{prefix}{way.name}", width, way
+                width = sum(way.width for way in _ways(step))
 
-    def __init__(self, before: int, spec: _Conv, *, rngs: nnx.Rngs) -> None:
-        self.spec = spec
-        init = layers.uniform_fan_in(before * spec.size[0] * spec.size[1])
-        shape = (*spec.size, before, spec.width)
-        self.kernel = layers.parameter(rngs, init, shape, (None,) * 4)
-        ones = lambda key, shape, dtype: jnp.ones(shape, dtype)
-        vector = lambda init: layers.parameter(rngs, init, (spec.width,), (None,))
-        self.scale, self.variance = vector(ones), vector(ones)
-        self.bias, self.mean = vector(layers.zeros), vector(layers.zeros)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> [B, H', W', width], in x's dtype."""
-        y = jax.lax.conv_general_dilated(
-            x,
-            self.kernel[...].astype(x.dtype),
-            window_strides=(self.spec.stride, self.spec.stride),
-            padding="SAME" if self.spec.same else "VALID",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        gain = self.scale[...] * jax.lax.rsqrt(self.variance[...] + _EPSILON)
-        shift = self.bias[...] - self.mean[...] * gain
-        return jax.nn.relu(y * gain.astype(x.dtype) + shift.astype(x.dtype))
+def _ways(step: _Conv | _Fork) -> tuple[_Conv, ...]:
+    return step.ways if isinstance(step, _Fork) else (step,)
+
+
+def _width(block: _Block, before: int) -> int:
+    """Output channels of a block."""
+    total = 0
+    for branch in block:
+        maps = [step for step in branch if not isinstance(step, _Pool)]
+        total += sum(way.width for way in _ways(maps[-1])) if maps else before
+    return total
+
+
+def _convolutions() -> Iterator[tuple[str, int, _Conv]]:
+    width = 3
+    for name, block in _BLOCKS.items():
+        yield from _steps(name, block, width)
+        width = _width(block, width)
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Of every tensor that the features need, under the public names and in PyTorch's layout."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, before, conv in _convolutions():
+        found[f"{name}.conv.weight"] = (conv.width, before, *conv.size)
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            found[f"{name}.bn.{part}"] = (conv.width,)
+    return found
 
 
 def _pooled(x: jax.Array, pool: _Pool) -> jax.Array:
@@ -187,50 +200,54 @@ def _pooled(x: jax.Array, pool: _Pool) -> jax.Array:
     return total(x) / total(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
 
 
-class _Parts(nnx.Module):
-    """The convolutions of some branches, as attributes of their own names."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Inception:
+    """The network up to its features, frozen.
 
-    def __init__(self, before: int, branches: _Block, *, rngs: nnx.Rngs) -> None:
-        self.branches = branches
-        self.width = 0
-        for branch in branches:
-            width = before
-            for step in branch:
-                ways = step.ways if isinstance(step, _Fork) else (step,)
-                if not isinstance(step, _Pool):
-                    for way in ways:
-                        setattr(self, way.name, Unit(width, way, rngs=rngs))
-                    width = sum(way.width for way in ways)
-            self.width += width
+    Attributes:
+        kernels: by name, [h, w, in, out], times the gain of the normalisation behind it.
+        shifts: by name, [out], of the same.
+    """
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> the branches side by side [B, H', W', width]."""
+    kernels: dict[str, jax.Array]
+    shifts: dict[str, jax.Array]
 
-        def step(y: jax.Array, one: _Conv | _Fork | _Pool) -> jax.Array:
-            if isinstance(one, _Pool):
-                return _pooled(y, one)
-            ways = one.ways if isinstance(one, _Fork) else (one,)
-            return jnp.concatenate([getattr(self, way.name)(y) for way in ways], -1)
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, np.ndarray]) -> "Inception":
+        """Of tensors that have the names and `shapes`; float32."""
+        kernels, shifts = {}, {}
+        for name, _, _ in _convolutions():
+            wide = lambda part, n=name: np.asarray(tensors[f"{n}.{part}"], np.float64)
+            gain = wide("bn.weight") / np.sqrt(wide("bn.running_var") + _EPSILON)
+            kernel = wide("conv.weight").transpose(2, 3, 1, 0) * gain
+            shift = wide("bn.bias") - wide("bn.running_mean") * gain
+            kernels[name], shifts[name] = (jnp.asarray(a, jnp.float32) for a in (kernel, shift))
+        return cls(kernels, shifts)
 
-        return jnp.concatenate([functools.reduce(step, b, x) for b in self.branches], -1)
-
-
-class Inception(nnx.Module):
-    """The network up to its classes."""
-
-    def __init__(self, *, rngs: nnx.Rngs) -> None:
-        self.stem = _Parts(3, (_STEM,), rngs=rngs)
-        width = self.stem.width
-        for name, block in _BLOCKS.items():
-            setattr(self, name, _Parts(width, block, rngs=rngs))
-            width = getattr(self, name).width
-        self.fc = layers.Linear(width, CLASSES, rngs=rngs, logical=(None, None))
+    def _convolved(self, x: jax.Array, name: str, conv: _Conv) -> jax.Array:
+        y = jax.lax.conv_general_dilated(
+            x,
+            self.kernels[name].astype(x.dtype),
+            window_strides=(conv.stride, conv.stride),
+            padding="SAME" if conv.same else "VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return jax.nn.relu(y + self.shifts[name].astype(x.dtype))
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """Pixels [B, 299, 299, 3] in [0, 255] -> features [B, 2048], in their dtype."""
-        x = self.stem((pixels - 128.0) / 128.0)
-        for name in _BLOCKS:
-            x = getattr(self, name)(x)
+        x = (pixels - 128.0) / 128.0
+        for block_name, block in _BLOCKS.items():
+            prefix = f"{block_name}." if block_name else ""
+
+            def step(y: jax.Array, one: _Conv | _Fork | _Pool, prefix: str = prefix) -> jax.Array:
+                if isinstance(one, _Pool):
+                    return _pooled(y, one)
+                ways = [self._convolved(y, prefix + way.name, way) for way in _ways(one)]
+                return jnp.concatenate(ways, -1)
+
+            x = jnp.concatenate([functools.reduce(step, branch, x) for branch in block], -1)
         return x.mean((1, 2))
 
 
