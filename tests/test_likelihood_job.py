@@ -16,22 +16,21 @@ import tiny
 from PIL import Image
 
 from starflow2_jax import Turn, load
-from starflow2_jax.bundle import Bundle, save_bundle
+from starflow2_jax.bundle import save_bundle
 from starflow2_jax.cli.main import main
 from starflow2_jax.data import digits
 from starflow2_jax.data.images import write_folder
 from starflow2_jax.data.pipeline import single_batch, to_rows
-from starflow2_jax.data.sequences import ImageShape, encode_turns
+from starflow2_jax.data.sequences import encode_turns
 from starflow2_jax.evaluation.dataset import drawing, open_dataset
 from starflow2_jax.evaluation.job import Job, run_job
 from starflow2_jax.evaluation.matching import recalls
 from starflow2_jax.model import _image_seeds
-from starflow2_jax.models.patches import fit_patch_codec, noisy_latents
-from starflow2_jax.models.pretzel import PretzelConfig
+from starflow2_jax.models.patches import noisy_latents
 from starflow2_jax.training.objective import image_loss
 
 ROOT = pathlib.Path(__file__).parent.parent
-SHAPE = ImageShape(4, 4, 1, 2)
+SHAPE = tiny.SHAPE
 COUNT = 7
 
 
@@ -44,15 +43,7 @@ def images():
 def folder(tmp_path_factory, images):
     """A model directory and the data: `model`, `drawings.jsonl`, `stories.jsonl`."""
     folder = tmp_path_factory.mktemp("likelihood")
-    tokenizer = digits.tokenizer()
-    config = PretzelConfig(
-        tiny.vlm(vocab_size=tokenizer.vocab_size),
-        tiny.flow(channels=4),
-        tokenizer.special,
-        dtype="float32",
-    )
-    codec = fit_patch_codec(images, 2, 0)
-    save_bundle(folder / "model", Bundle(tiny.pretzel(config, seed=3), codec, tokenizer, SHAPE, {}))
+    save_bundle(folder / "model", tiny.bundle(images, seed=3))
     (folder / "images").mkdir()
     drawings, stories = [], []
     for i, image in enumerate(images):

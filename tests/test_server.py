@@ -18,17 +18,13 @@ import tiny
 import uvicorn
 from PIL import Image
 
-from starflow2_jax.bundle import Bundle
 from starflow2_jax.data import digits
-from starflow2_jax.data.sequences import ImageShape, Turn
+from starflow2_jax.data.sequences import Turn
 from starflow2_jax.model import Model
-from starflow2_jax.models.patches import fit_patch_codec
-from starflow2_jax.models.pretzel import PretzelConfig
 from starflow2_jax.sampling.engine import EngineConfig
 from starflow2_jax.server import ServerConfig, image_url, make_application
 from starflow2_jax.service import Service
 
-SHAPE = ImageShape(4, 4, 1, 2)
 IMAGE = np.random.default_rng(0).integers(0, 256, (4, 4, 1), dtype=np.uint8)
 BODY_LIMIT, WAITING = 2**16, 40
 
@@ -70,16 +66,7 @@ class Address:
 
 @pytest.fixture(scope="module")
 def server():
-    tokenizer = digits.tokenizer()
-    config = PretzelConfig(
-        tiny.vlm(vocab_size=tokenizer.vocab_size),
-        tiny.flow(channels=4),
-        tokenizer.special,
-        dtype="float32",
-    )
-    codec = fit_patch_codec(IMAGE[None], 2, 0)
-    model = Model(Bundle(tiny.pretzel(config), codec, tokenizer, SHAPE, {}))
-    service = Service(model, EngineConfig(rows=4, context=128, images=2))
+    service = Service(Model(tiny.bundle(IMAGE[None])), EngineConfig(rows=4, context=128, images=2))
     service.engine.warm_up()
     application = make_application(service, ServerConfig(WAITING, BODY_LIMIT))
     with socket.socket() as found:

@@ -2,11 +2,13 @@
 
 likelihood: exact log-probabilities, of conversations with images, or of a folder of images under an
 image flow of pixels (TarFlow); image-text matching, retrieval and classification by them.
+understanding: questions about pictures, exact match and ANLS.
 generation: FID, KID and CLIP score of folders of images; GenEval's and WISE's scores.
 """
 
 import argparse
 import pathlib
+from collections.abc import Callable
 
 from starflow2_jax.errors import UserError
 
@@ -36,6 +38,25 @@ results in --out:
 
 An interrupted command continues where it stopped when it is given again. Several processes
 (launch/) share the work; the results are the same to the byte.
+
+exit codes: 0 done; 2 bad input
+"""
+
+_UNDERSTANDING = """\
+data: JSONL, one object a line
+  {"image": FILE or [FILE, ...], "question": TEXT, "answer": TEXT or "answers": [TEXT, ...]}
+  <image> in the question stands where a picture is shown, by default before it; without a question
+  the picture is to be described (--question); id and doc_id are optional
+
+results in --out:
+  examples.jsonl   for each record: question, answers, reply, exact_match, anls
+  summary.json     means with standard errors; it comes last
+  TASK.json        with --task: lmms-eval --model from_log scores it as its own task of that name,
+                   whose documents are told by doc_id
+
+exact_match: in lower case, without blanks and punctuation at the ends. anls: 1 - edits over the
+longer length, 0 from a half on; for the nearest answer. An interrupted command continues where it
+stopped when it is given again; several processes (launch/) share the work.
 
 exit codes: 0 done; 2 bad input
 """
@@ -97,6 +118,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
             allow_abbrev=False,
         )
     )
+    _configure_understanding(
+        kinds.add_parser(
+            "understanding",
+            help="questions about pictures: exact match, ANLS",
+            description="Answers to questions about pictures, and captions.",
+            epilog=_UNDERSTANDING,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+    )
     _configure_generation(
         kinds.add_parser(
             "generation",
@@ -107,6 +138,37 @@ def configure(parser: argparse.ArgumentParser) -> None:
             allow_abbrev=False,
         )
     )
+
+
+def _configure_understanding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="DIR", required=True, help="STARFlow2 model or run, or a converted VLM"
+    )
+    parser.add_argument("--data", metavar="FILE", nargs="+", required=True, help="JSONL, see below")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder of the results")
+    parser.add_argument(
+        "--images", metavar="DIR", help="folder that image paths start from (default: the file's)"
+    )
+    parser.add_argument(
+        "--path",
+        choices=("vit", "latent"),
+        help="pictures through the vision tower (default), or as the model's own latents",
+    )
+    parser.add_argument(
+        "--question", metavar="TEXT", default="describe this image", help="of records without one"
+    )
+    parser.add_argument("--suffix", metavar="TEXT", default="", help="behind every question")
+    parser.add_argument(
+        "--max-new-tokens", type=_positive, default=32, metavar="N", help="of a reply (default 32)"
+    )
+    parser.add_argument(
+        "--rows", type=_positive, default=16, metavar="N", help="records of a batch (default 16)"
+    )
+    parser.add_argument("--task", metavar="NAME", help="write a log for this task of lmms-eval")
+    parser.add_argument(
+        "--index", metavar="DIR", help="for the index of the files (default: beside them)"
+    )
+    parser.set_defaults(evaluate=_understanding)
 
 
 def _configure_generation(parser: argparse.ArgumentParser) -> None:
@@ -261,7 +323,6 @@ def _conversation_likelihood(args: argparse.Namespace) -> None:
     from starflow2_jax.evaluation import likelihood_job
     from starflow2_jax.flow_bundle import model_folder
     from starflow2_jax.parallel.distributed import join_job
-    from starflow2_jax.training.metrics import Progress
 
     join_job()
     folder = pathlib.Path(args.model)
@@ -279,18 +340,57 @@ def _conversation_likelihood(args: argparse.Namespace) -> None:
         template=args.template,
         captions=args.captions,
     )
+    on_progress = _progress_of(args.score)
+    summary = likelihood_job.run(model, setting, out, index=args.index, on_progress=on_progress)
+    if jax.process_index() == 0:
+        _print_summary(summary, out / likelihood_job.SUMMARY)
+
+
+def _understanding(args: argparse.Namespace) -> None:
+    import jax
+
+    from starflow2_jax.evaluation import understanding
+    from starflow2_jax.evaluation.job import SUMMARY as SUMMARY_FILE
+    from starflow2_jax.evaluation.responder import Responder
+    from starflow2_jax.parallel.distributed import join_job
+
+    join_job()
+    setting = understanding.Setting(
+        data=tuple(args.data),
+        images=args.images,
+        question=args.question,
+        suffix=args.suffix,
+        max_new_tokens=args.max_new_tokens,
+        rows=args.rows,
+    )
+    responder, out = Responder(args.model, args.path), pathlib.Path(args.out)
+    summary = understanding.run(
+        responder,
+        setting,
+        out,
+        task=args.task,
+        index=args.index,
+        on_progress=_progress_of("understanding"),
+    )
+    if jax.process_index() == 0:
+        _print_summary(summary, out / SUMMARY_FILE)
+
+
+def _progress_of(name: str) -> Callable[[int, int], None]:
+    """Shows the first process's records on the terminal, from the first that are done."""
+    import jax
+
+    from starflow2_jax.training.metrics import Progress
+
     progress: list[Progress] = []
 
     def on_progress(done: int, total: int) -> None:
         if not progress:
-            progress.append(
-                Progress(args.score, total, unit="records", enabled=jax.process_index() == 0)
-            )
+            enabled = jax.process_index() == 0
+            progress.append(Progress(name, total, unit="records", enabled=enabled))
         progress[0].update(done, {})
 
-    summary = likelihood_job.run(model, setting, out, index=args.index, on_progress=on_progress)
-    if jax.process_index() == 0:
-        _print_summary(summary, out / likelihood_job.SUMMARY)
+    return on_progress
 
 
 def _generation(args: argparse.Namespace) -> None:
