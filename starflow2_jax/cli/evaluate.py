@@ -3,6 +3,7 @@
 likelihood: exact log-probabilities, of conversations with images, or of a folder of images under an
 image flow of pixels (TarFlow); image-text matching, retrieval and classification by them.
 understanding: questions about pictures, exact match and ANLS.
+analysis: what a model does inside, as plots.
 generation: FID, KID and CLIP score of folders of images; GenEval's and WISE's scores.
 """
 
@@ -61,6 +62,21 @@ stopped when it is given again; several processes (launch/) share the work.
 exit codes: 0 done; 2 bad input
 """
 
+_ANALYSIS = """\
+data: as of evaluate likelihood, whose records are drawings: a caption, an image
+
+results in --out:
+  analysis.json    means over the drawings with standard errors: contribution |s| / (|o| + |s|) of
+                   what a skip adds, s, to what is there, o, and their cosine; each block's
+                   log-determinant, nats per dim, and its share; where an image's positions look,
+                   by layer of the deep block
+  skips.png, log_dets.png, attention.png
+  words.png        attention of one image's positions to each token before it
+  walks.png        drawings while the noise turns from one draw into another
+
+exit codes: 0 done; 2 bad input
+"""
+
 _GENERATION = """\
 examples:
   starflow2 evaluate generation --out scores --images drawn --reference photographs \\
@@ -103,6 +119,38 @@ def _model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _paths(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", metavar="PATH", nargs="+", required=True, help="files, or a folder of images"
+    )
+
+
+def _records(parser: argparse._ActionsContainer) -> None:
+    """What `open_dataset` takes beside the paths."""
+    parser.add_argument(
+        "--task",
+        choices=("conversation", "draw", "read", "edit", "story"),
+        help="what a record is (default: conversation for JSONL, else draw)",
+    )
+    parser.add_argument(
+        "--field",
+        type=_field,
+        action="append",
+        default=[],
+        metavar="NAME=FIELD",
+        help="where the task's parts are in a record, e.g. image=png; repeatable",
+    )
+    parser.add_argument(
+        "--images", metavar="DIR", help="folder that JSONL's image paths start from"
+    )
+    parser.add_argument(
+        "--index", metavar="DIR", help="for the index of the files (default: beside them)"
+    )
+    parser.add_argument(
+        "--template", default="{}", metavar="TEXT", help='of a folder: "a photo of a {}"'
+    )
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds one sub-command for each kind of evaluation."""
     kinds = parser.add_subparsers(
@@ -124,6 +172,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
             help="questions about pictures: exact match, ANLS",
             description="Answers to questions about pictures, and captions.",
             epilog=_UNDERSTANDING,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+    )
+    _configure_analysis(
+        kinds.add_parser(
+            "analysis",
+            help="skips, log-determinants, attention, latent walks, as plots",
+            description="What a STARFlow2 model does inside, measured on drawings.",
+            epilog=_ANALYSIS,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -171,6 +229,30 @@ def _configure_understanding(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(evaluate=_understanding)
 
 
+def _configure_analysis(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    _paths(parser)
+    _records(parser)
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder of the results; default: analysis/ in the model's"
+    )
+    parser.add_argument(
+        "--count", type=_positive, default=50, metavar="N", help="drawings (default 50)"
+    )
+    parser.add_argument(
+        "--rows", type=_positive, default=16, metavar="N", help="drawings of a batch (default 16)"
+    )
+    parser.add_argument(
+        "--walks", type=_positive, default=4, metavar="N", help="captions to walk on (default 4)"
+    )
+    parser.add_argument(
+        "--steps", type=_positive, default=8, metavar="N", help="drawings of a walk (default 8)"
+    )
+    parser.add_argument("--guidance", type=float, default=0.0, metavar="W", help="of walks (0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default 0)")
+    parser.set_defaults(evaluate=_analysis)
+
+
 def _configure_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", required=True, help="folder of the results")
     pictures = parser.add_argument_group("folders of images")
@@ -197,9 +279,7 @@ def _configure_generation(parser: argparse.ArgumentParser) -> None:
 
 def _configure_likelihood(parser: argparse.ArgumentParser) -> None:
     _model(parser)
-    parser.add_argument(
-        "--data", metavar="PATH", nargs="+", required=True, help="files, or a folder of images"
-    )
+    _paths(parser)
     parser.add_argument(
         "--out", metavar="DIR", help="folder of the results; default: likelihood/ in the model's"
     )
@@ -217,29 +297,8 @@ def _configure_likelihood(parser: argparse.ArgumentParser) -> None:
         default="likelihood",
         help="see below (default likelihood)",
     )
-    conversations.add_argument(
-        "--task",
-        choices=("conversation", "draw", "read", "edit", "story"),
-        help="what a record is (default: conversation for JSONL, else draw)",
-    )
-    conversations.add_argument(
-        "--field",
-        type=_field,
-        action="append",
-        default=[],
-        metavar="NAME=FIELD",
-        help="where the task's parts are in a record, e.g. image=png; repeatable",
-    )
-    conversations.add_argument(
-        "--images", metavar="DIR", help="folder that JSONL's image paths start from"
-    )
-    conversations.add_argument(
-        "--index", metavar="DIR", help="for the index of the files (default: beside them)"
-    )
+    _records(conversations)
     conversations.add_argument("--captions", metavar="FILE", help="classes, one a line")
-    conversations.add_argument(
-        "--template", default="{}", metavar="TEXT", help='of a folder: "a photo of a {}"'
-    )
     flows = parser.add_argument_group("image flows")
     flows.add_argument(
         "--no-bayes",
@@ -391,6 +450,42 @@ def _progress_of(name: str) -> Callable[[int, int], None]:
         progress[0].update(done, {})
 
     return on_progress
+
+
+def _analysis(args: argparse.Namespace) -> None:
+    from starflow2_jax import load
+    from starflow2_jax.evaluation import analysis, analysis_plots
+    from starflow2_jax.evaluation.dataset import drawing, open_dataset
+    from starflow2_jax.flow_bundle import model_folder
+    from starflow2_jax.provenance import write_json
+
+    if args.guidance < 0 or args.seed < 0:
+        raise UserError("--guidance and --seed are at least 0")
+    folder = pathlib.Path(args.model)
+    model = load(folder)
+    dataset = open_dataset(
+        args.data,
+        model.bundle.image,
+        task=args.task,
+        fields=dict(args.field),
+        images=args.images,
+        index=args.index,
+        template=args.template,
+    )
+    out = pathlib.Path(args.out) if args.out else model_folder(folder) / "analysis"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot use {out} for results: {error}") from error
+    found = analysis.analyse(model, dataset, count=args.count, rows=args.rows)
+    analysis_plots.plot_findings(found, out)
+    captions = list(dict.fromkeys(drawing(dataset[i])[0] for i in range(min(256, len(dataset)))))
+    captions = captions[: args.walks]
+    options = {"steps": args.steps, "guidance": args.guidance, "seed": args.seed}
+    analysis_plots.plot_walks(analysis.walk(model, captions, **options), captions, out)
+    summary = {"model": str(folder), "data": args.data, **found.summary()}
+    write_json(out / "analysis.json", summary)
+    _print_summary(summary, out)
 
 
 def _generation(args: argparse.Namespace) -> None:
