@@ -38,7 +38,7 @@ from starlette.routing import Route
 from starflow2_jax.data.decoding import decode
 from starflow2_jax.data.sequences import Part, Turn
 from starflow2_jax.errors import UserError
-from starflow2_jax.model import Sampling
+from starflow2_jax.model import Sampling, Scores
 from starflow2_jax.service import Answer, Service
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
@@ -54,10 +54,12 @@ class ServerConfig:
     Attributes:
         waiting: requests that are answered or wait at a time; one more is refused (503).
         body_bytes: of a request; a longer one is refused (413).
+        image_pixels: of a picture in a request, before it is scaled.
     """
 
     waiting: int = 64
     body_bytes: int = 16 * 2**20
+    image_pixels: int = 2**25
 
 
 class Busy(Exception):
@@ -170,7 +172,7 @@ def image_url(image: np.ndarray) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def _pixels(service: Service, part: Mapping[str, Any], where: str) -> np.ndarray:
+def _pixels(service: Service, part: Mapping[str, Any], where: str, most: int) -> np.ndarray:
     url = part.get("image_url")
     url = url.get("url") if isinstance(url, Mapping) else url
     if not isinstance(url, str) or not url.startswith("data:") or ";base64," not in url[:128]:
@@ -179,12 +181,18 @@ def _pixels(service: Service, part: Mapping[str, Any], where: str) -> np.ndarray
         )
     try:
         data = base64.b64decode(url.split(",", 1)[1], validate=True)
+        with Image.open(io.BytesIO(data)) as picture:  # reads its header alone
+            width, height = picture.size
+        if width * height > most:
+            raise ValueError(f"{width} x {height} pixels, at most {most} are taken")
         return decode(data, service.model.bundle.image)
     except (binascii.Error, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise UserError(f"{where}: the image cannot be read ({' '.join(str(e).split())})") from e
 
 
-def read_messages(service: Service, messages: Any) -> list[Turn]:
+def read_messages(
+    service: Service, messages: Any, most_pixels: int = ServerConfig.image_pixels
+) -> list[Turn]:
     """OpenAI messages as turns; a system message's text is put before the first user's.
 
     Raises:
@@ -211,7 +219,7 @@ def read_messages(service: Service, messages: Any) -> list[Turn]:
                 if item["text"]:
                     parts.append(item["text"])
             elif kind == "image_url":
-                parts.append(_pixels(service, item, where))
+                parts.append(_pixels(service, item, where, most_pixels))
             else:
                 raise UserError(f"{where}: a part is of type text or image_url")
         if role == "system":
@@ -310,6 +318,8 @@ class Server:
         self.service = service
         self.worker = Worker(service, config.waiting)
         self._count = 0
+        self._scored = 0
+        self._scoring = asyncio.Semaphore(1)
 
     def application(self) -> Starlette:
         """The ASGI application; its engine runs while it does."""
@@ -352,9 +362,14 @@ class Server:
 
     async def _likelihood(self, request: Request) -> Response:
         body = await _body(request, self.config.body_bytes)
-        self.worker.check_room()
-        turns = await run_in_threadpool(read_messages, self.service, body.get("messages"))
-        [scores] = await run_in_threadpool(self.service.model.log_prob, [turns])
+        if self._scored >= self.config.waiting:
+            raise Busy
+        self._scored += 1
+        try:
+            async with self._scoring:  # one at a time: each takes all cores
+                scores = await run_in_threadpool(self._score, body.get("messages"))
+        finally:
+            self._scored -= 1
         images = [
             {"nats": float(nats), "bits_per_dim": float(bits)}
             for nats, bits in zip(scores.images, scores.bits_per_dim, strict=True)
@@ -362,11 +377,22 @@ class Server:
         text = {"nats": float(scores.text.sum()), "tokens": len(scores.text)}
         return JSONResponse({"images": images, "text": text})
 
+    def _turns(self, messages: Any) -> list[Turn]:
+        return read_messages(self.service, messages, self.config.image_pixels)
+
+    def _score(self, messages: Any) -> Scores:
+        turns, model = self._turns(messages), self.service.model
+        length, most = len(model.encode(turns).tokens), self.service.engine.config.context
+        if length > most:
+            raise UserError(f"the conversation has {length} positions, at most {most} are scored")
+        [scores] = model.log_prob([turns])
+        return scores
+
     async def _complete(self, request: Request) -> Response:
         body = await _body(request, self.config.body_bytes)
         self.worker.check_room()
         sampling = read_sampling(body, self.service.engine.config.images)
-        turns = await run_in_threadpool(read_messages, self.service, body.get("messages"))
+        turns = await run_in_threadpool(self._turns, body.get("messages"))
         self._count += 1
         about = {
             "id": f"chatcmpl-{self._count}",

@@ -149,6 +149,14 @@ BROKEN = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsb
 FAR = {"type": "image_url", "image_url": {"url": "http://example.com/cat.png"}}
 
 
+def picture_of(width, height):
+    """A small file of many pixels."""
+    file = io.BytesIO()
+    Image.new("1", (width, height)).save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
 @pytest.mark.parametrize(
     "body, status, message",
     [
@@ -160,6 +168,7 @@ FAR = {"type": "image_url", "image_url": {"url": "http://example.com/cat.png"}}
         ({"messages": [{"role": "tool", "content": ""}]}, 400, "role is 'tool'"),
         ({"messages": [{"role": "user", "content": [BROKEN]}]}, 400, "cannot be read"),
         ({"messages": [{"role": "user", "content": [FAR]}]}, 400, "nothing is downloaded"),
+        ({"messages": [{"role": "user", "content": [picture_of(7000, 7000)]}]}, 400, "at most"),
         ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, 400, "special token"),
         ({"messages": [{"role": "assistant", "content": "no"}]}, 400, "must be a user's"),
         ({"messages": [{"role": "user", "content": "a " * 500}]}, 400, ""),
@@ -175,6 +184,12 @@ def test_bad_bodies_are_refused(server, body, status, message):
     assert found == status, content
     assert message in json.loads(content)["error"]["message"]
     assert server.active() == 0 and server.ask("/v1/models")[0] == 200
+
+
+def test_what_is_scored_is_bounded(server):
+    long = {"messages": [{"role": "user", "content": "a " * 500}]}
+    status, content = server.ask("/v1/likelihood", long)
+    assert status == 400 and "at most 128 are scored" in json.loads(content)["error"]["message"]
 
 
 def test_clients_that_vanish_end_their_requests(server):

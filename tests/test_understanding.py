@@ -17,6 +17,7 @@ from starflow2_jax import Sampling, Turn, load
 from starflow2_jax.bundle import save_bundle
 from starflow2_jax.cli.main import main
 from starflow2_jax.convert.qwen2_5_vl import import_folder
+from starflow2_jax.data.decoding import decode
 from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation.formats import LmmsEval
 from starflow2_jax.evaluation.responder import Responder
@@ -79,15 +80,17 @@ def test_scores_of_replies():
     assert anls("abc", ["abd"]) == pytest.approx(2 / 3)
 
 
-def test_replies_are_the_models(folder, pictures, tmp_path, capsys):
+@pytest.mark.slow
+def test_replies_are_the_models(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(arguments(folder, out, "--task", "digits")) == 0
     assert "exact_match" in capsys.readouterr().out
     rows, summary = results(out)
     model = load(folder / "model")
-    asked = [[Turn("user", (picture, "which digit is this?"))] for picture in pictures]
-    asked[1] = [Turn("user", ("it is", pictures[1], ", is it not?"))]
-    asked[2] = [Turn("user", (pictures[2], "describe this image"))]
+    shown = [decode((folder / f"{n}.png").read_bytes(), tiny.SHAPE) for n in range(COUNT)]
+    asked = [[Turn("user", (picture, "which digit is this?"))] for picture in shown]
+    asked[1] = [Turn("user", ("it is", shown[1], ", is it not?"))]
+    asked[2] = [Turn("user", (shown[2], "describe this image"))]
     replies = model.generate(asked, Sampling(max_images=0, max_new_tokens=4), rows=2)
     assert [row["reply"] for row in rows] == [reply.text for reply in replies]
     assert [row["id"] for row in rows] == [0, "named", 2, 3, 4]
@@ -126,6 +129,7 @@ def test_an_interrupted_job_goes_on(folder, tmp_path, monkeypatch):
     assert main(arguments(folder, broken, "--suffix", "in one word")) == 2
 
 
+@pytest.mark.slow
 def test_a_vlm_sees_through_its_tower(folder, tmp_path):
     out = tmp_path / "out"
     assert main(arguments(folder, out, "--suffix", "in one word", model="vlm")) == 0

@@ -81,4 +81,6 @@ def run(args: argparse.Namespace) -> None:
         port=args.port,
         log_level="warning",
         timeout_graceful_shutdown=5,
+        # Connections, whose bodies lie in memory before they are counted as requests.
+        limit_concurrency=4 * args.waiting,
     )
