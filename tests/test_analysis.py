@@ -83,7 +83,7 @@ def test_positions_look_back_in_their_row(seen):
     assert weights.shape[:2] == (2, 2)
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
     assert np.abs(np.triu(weights, 1)).max() == 0
-    real = batch["tokens_segment_ids"] > 0
+    real = np.asarray(to_rows(batch).segments) > 0
     assert not real.all()
     padding = real[:, :, None] & ~real[:, None, :]
     assert np.abs(weights[:, padding]).max() == 0
