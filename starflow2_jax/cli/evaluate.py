@@ -156,46 +156,45 @@ def configure(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(
         metavar="WHAT", required=True, help="what to measure; each has a --help of its own"
     )
-    _configure_likelihood(
-        kinds.add_parser(
+    for name, configure_kind, short, long, epilog in (
+        (
             "likelihood",
-            help="exact log p of images and text",
-            description="Exact log-probabilities of images and text, nats and bits per dim.",
-            epilog=_LIKELIHOOD,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-    )
-    _configure_understanding(
-        kinds.add_parser(
+            _configure_likelihood,
+            "exact log p of images and text",
+            "Exact log-probabilities of images and text, nats and bits per dim.",
+            _LIKELIHOOD,
+        ),
+        (
             "understanding",
-            help="questions about pictures: exact match, ANLS",
-            description="Answers to questions about pictures, and captions.",
-            epilog=_UNDERSTANDING,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-    )
-    _configure_analysis(
-        kinds.add_parser(
-            "analysis",
-            help="skips, log-determinants, attention, latent walks, as plots",
-            description="What a STARFlow2 model does inside, measured on drawings.",
-            epilog=_ANALYSIS,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-    )
-    _configure_generation(
-        kinds.add_parser(
+            _configure_understanding,
+            "questions about pictures: exact match, ANLS",
+            "Answers to questions about pictures, and captions.",
+            _UNDERSTANDING,
+        ),
+        (
             "generation",
-            help="FID, KID, CLIP score; GenEval's and WISE's scores",
-            description="Scores of drawn images.",
-            epilog=_GENERATION,
+            _configure_generation,
+            "FID, KID, CLIP score; GenEval's and WISE's scores",
+            "Scores of drawn images.",
+            _GENERATION,
+        ),
+        (
+            "analysis",
+            _configure_analysis,
+            "skips, log-determinants, attention, latent walks, as plots",
+            "What a STARFlow2 model does inside, measured on drawings.",
+            _ANALYSIS,
+        ),
+    ):
+        kind = kinds.add_parser(
+            name,
+            help=short,
+            description=long,
+            epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-    )
+        configure_kind(kind)
 
 
 def _configure_understanding(parser: argparse.ArgumentParser) -> None:
