@@ -86,8 +86,8 @@ examples:
   starflow2 evaluate generation --out scores --geneval results.jsonl
 
 weights are yours to bring: pytorch-fid's or torch-fidelity's Inception (.pth needs torch), a CLIP's
-Hugging Face folder. Pictures are resized as the networks' first releases did it: FIDs compare with
-pytorch-fid's and torch-fidelity's of the same sets, not with those of other resizing (clean-fid).
+Hugging Face folder. Pictures are resized as the first release of FID did it: numbers compare with
+torch-fidelity's, and not with those of other resizing (pytorch-fid, clean-fid).
 
 results in --out:
   examples.jsonl   with --clip: for each picture its CLIP score, 100 max(cos, 0)
