@@ -236,11 +236,16 @@ def _errors(model: Model, chat: Chat) -> Iterator[Row]:
     drawing = [*chat.turns[:2], Turn("user", (QUESTION,))]
     whole = service.row(drawing)
 
+    prompt = padded([whole])
+
+    @jax.jit
+    def run(model: Pretzel, u: jax.Array) -> jax.Array:
+        spread = spread_images(u, prompt.image_start, prompt.tokens.shape[1])
+        streams = model.run(prompt.tokens, prompt.kinds, prompt.positions, spread, AttentionSpec())
+        return model.logits(streams.y[:, -1], streams.g[:, -1])
+
     def logits(u: np.ndarray) -> np.ndarray:
-        p = padded([dataclasses.replace(whole, u=u)])
-        spread = spread_images(p.u, p.image_start, p.tokens.shape[1])
-        streams = model.pretzel.run(p.tokens, p.kinds, p.positions, spread, AttentionSpec())
-        return np.asarray(model.pretzel.logits(streams.y[:, -1], streams.g[:, -1]))
+        return np.asarray(run(model.pretzel, jnp.asarray(u)[None]))
 
     kept = logits(whole.u)
     x = display.to_x(model.pretzel, jnp.asarray(whole.u))
