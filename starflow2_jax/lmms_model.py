@@ -9,7 +9,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 
 from starflow2_jax.data.sequences import Turn
-from starflow2_jax.data.views import Limits
+from starflow2_jax.data.views import Limits, read_picture
 from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation.responder import Responder, Said
 
@@ -98,7 +98,11 @@ class LmmsModel(lmms):
             for content in message.content:
                 if content.type not in ("text", "image"):
                     raise UserError(f"{where}: {content.type} is not read, only text and pictures")
-                said.append(content.text if content.type == "text" else content.url)
+                if content.type == "text":
+                    said.append(content.text)
+                else:
+                    picture = content.url
+                    said.append(read_picture(picture) if isinstance(picture, str) else picture)
             if message.role == "system":
                 system += said
                 continue
