@@ -161,6 +161,7 @@ def analyse(model: Model, dataset: Dataset, *, count: int = 50, rows: int = 16) 
     for start in range(0, len(documents), rows):
         some = documents[start : start + rows]
         batch = single_batch([*some, *some[-1:] * (rows - len(some))], shape)
+        batch["image_seeds"][:, 0] = start + np.arange(rows)
         seen = jax.tree.map(np.asarray, look(model.pretzel, bundle.codec, batch))
         for b, document in enumerate(some):
             _note(found, model, document, jax.tree.map(lambda a, b=b: a[b], _rows_first(seen)))
