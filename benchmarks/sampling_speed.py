@@ -143,7 +143,7 @@ def steps(model: Model, count: int = 32) -> Iterator[Row]:
         )
         settings = row_settings(rows, max_new_tokens=10**6, max_images=10**6)
         halted = np.zeros(rows, bool)
-        cache_bytes = sum(c[n].nbytes for c in state.caches.values() for n in ("k", "v"))
+        cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.caches))
 
         def begun(mode: Mode, state: Any = state, rows: int = rows) -> Any:
             at = {n: c | {"length": c["length"] + 8} for n, c in state.caches.items()}

@@ -45,6 +45,8 @@ def _placed(tree: Any) -> Any:
             return leaf
         if leaf.ndim == 5:  # keys and values [L, R, M, K, d]
             return partition.constrain(leaf, (None, "batch", None, "heads", None))
+        if leaf.ndim == 4 and any(getattr(key, "name", None) == "caches" for key in path):
+            return partition.constrain(leaf, ("batch", "heads", None, None))  # [R, K, d, M]
         return partition.constrain(leaf, ("batch", *(None,) * (leaf.ndim - 1)))
 
     return jax.tree_util.tree_map_with_path(one, tree)
@@ -78,6 +80,9 @@ def empty(
         lanes = rows + twins
         prefix, twin = step.prefill_unconditional(model, unconditional, slots)
         caches = jax.tree.map(lambda a, b: step.with_twins(a, b, twins), caches, twin)
+    # As the layers of small stacks are apart, so are their caches: written to in place.
+    stacks = {"vlm": model.vlm.decoder, "deep": model.deep.decoder}
+    caches = {name: stacks[name].held(cache, slots) for name, cache in caches.items()}
     count = lambda: jnp.zeros((rows,), jnp.int32)
     dtype = jnp.dtype(config.dtype)
     state = SampleState(
