@@ -195,7 +195,10 @@ def engine(model: Model) -> Iterator[Row]:
     made = {
         rows: Engine(
             model.pretzel,
-            EngineConfig(rows=rows, context=128, chunk=32, images=2, steps=4),
+            # Half of the requests are guided.
+            EngineConfig(
+                rows=rows, twins=max(1, rows // 2), context=128, chunk=32, images=2, steps=4
+            ),
             unconditional=empty,
         )
         for rows in (16, 1)
