@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from starflow2_jax.nn import attention, attention_kernels
+from starflow2_jax.nn import attention, attention_kernels, partition
 from starflow2_jax.nn.attention import AttentionSpec, Past
 
 
@@ -98,5 +98,5 @@ def test_offsets_of_packed_rows():
 
 
 def test_the_platform_is_that_of_the_mesh():
-    assert attention._platform() == jax.default_backend() == "cpu"
+    assert partition.platform() == jax.default_backend() == "cpu"
     assert attention.cache_fold(4, 64) == 1

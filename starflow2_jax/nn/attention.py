@@ -109,7 +109,7 @@ def cache_fold(kv_heads: int, head_dim: int) -> int:
     Narrow heads would take twice the memory, and twice the time to read.
     """
     fold = TPU_LANES // head_dim if TPU_LANES % head_dim == 0 else 1
-    return fold if _platform() == "tpu" and kv_heads % fold == 0 else 1
+    return fold if partition.platform() == "tpu" and kv_heads % fold == 0 else 1
 
 
 def _folded(
@@ -180,7 +180,7 @@ def attend(
         raise ValueError("a cached row is one segment: pass lengths, not segments, with a cache")
     rows, size = q.shape[:2]
     if past is None and size >= KERNEL_SIZE:
-        platform = _platform()
+        platform = partition.platform()
         if platform == "tpu":
             return _attend_by_splash(q, k, v, spec)
         if platform == "cuda":
@@ -227,13 +227,6 @@ def _attend_by_xla(
     weights = jax.nn.softmax(jnp.concatenate([before, own], axis=-1), axis=-1).astype(v.dtype)
     seen_before = jnp.einsum("bkgts,bskd->btkgd", weights[..., :slots], past.v.astype(v.dtype))
     return seen_before + jnp.einsum("bkgts,bskd->btkgd", weights[..., slots:], v)
-
-
-def _platform() -> str:
-    """Of the mesh in context, which may be of devices that are not here; or of this process."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    return "cuda" if platform == "gpu" else platform
 
 
 def _attend_by_splash(

@@ -184,6 +184,14 @@ class DecoderLayer(nnx.Module):
         return partition.constrain(x, ("batch", "length", "embed_activation")), kv
 
 
+def _by_rows(layer: DecoderLayer) -> DecoderLayer:
+    for part in (layer.attention, layer.mlp):
+        for name, child in list(vars(part).items()):
+            if isinstance(child, layers.Linear):
+                setattr(part, name, layers.LinearByRows(child))
+    return layer
+
+
 def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
     """A cache of `slots` positions: k, v [L, B, M, K, d] and length int32 [B].
 
@@ -308,11 +316,16 @@ class Decoder(nnx.Module):
         """The same stack, its layers one after another in place of a scan; not to be trained.
 
         A scan copies each layer's weights before it uses them, in every step of a sampler. Taken
-        out of the stack before the sampler's loop they are read where they lie.
+        out of the stack before the sampler's loop they are read where they lie; on CPU they are
+        laid out for products with few vectors, too.
         """
         graphdef, state = nnx.split(self)
         stack = nnx.merge(graphdef, state)
-        layer = lambda n: jax.tree.map(lambda leaf: leaf[n], self.layers)
+
+        def layer(n: int) -> DecoderLayer:
+            apart = jax.tree.map(lambda leaf: leaf[n], self.layers)
+            return _by_rows(apart) if partition.platform() == "cpu" else apart
+
         stack.layers = nnx.List([layer(n) for n in range(self.config.layers)])
         return stack
 
