@@ -111,7 +111,7 @@ def gathered(kernel: jax.Array, names: Sequence[str | None], dtype: jnp.dtype) -
 
 
 def platform() -> str:
-    """tpu, cuda or cpu: of the mesh in context, whose devices need not be here, or the process's."""
+    """tpu, cuda or cpu: of the mesh in context, of devices that may not be here, or else ours."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = jax.default_backend() if device is None else device.platform
     return "cuda" if name == "gpu" else name
