@@ -14,9 +14,10 @@ from starflow2_jax.nn import attention_kernels, partition
 from starflow2_jax.nn.layers import at_least_float32
 
 # Causal attention of at least this many positions is done for parts of the queries, each with the
-# keys up to its end.
+# keys up to its end: parts of so many queries, but so few and so many of them.
 CAUSAL_SIZE = 64
-CAUSAL_PARTS = 4
+CAUSAL_PART = 64
+CAUSAL_PARTS = (4, 8)
 # On an accelerator, attention of at least this many positions is its own kernel's.
 KERNEL_SIZE = 128
 TPU_LANES = 128
@@ -217,7 +218,9 @@ def _attend_by_xla(
         if not spec.causal or size < CAUSAL_SIZE or partition.axis_extent("length") > 1:
             return queries(0, size, size)
         # A part of the queries needs no key behind it: with four parts, 5/8 of the work.
-        edges = [size * part // CAUSAL_PARTS for part in range(CAUSAL_PARTS + 1)]
+        least, most = CAUSAL_PARTS
+        count = min(max(size // CAUSAL_PART, least), most)
+        edges = [size * part // count for part in range(count + 1)]
         parts = [queries(first, end, end) for first, end in itertools.pairwise(edges)]
         return jnp.concatenate(parts, axis=1)
     own = jnp.where(visible, scores(k), smallest)
