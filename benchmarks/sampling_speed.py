@@ -11,7 +11,8 @@ step     seconds of one engine step at 1 to 64 rows, and over the time in which 
          the same bytes (weights and caches) once
 engine   64 mixed requests through 16 rows, and through a separately compiled engine of one row; how
          many give the same bits alone in the engine of 16
-reuse    an answer about an image that was just drawn, with its caches and encoded anew from pixels
+reuse    an answer about an image that was just drawn, with its caches and encoded anew from pixels;
+         what that changes in the latents and the next logits, from latents x and from pixels
 """
 
 import argparse
@@ -34,15 +35,18 @@ from starflow2_jax.bundle import Bundle
 from starflow2_jax.data import digits
 from starflow2_jax.data.sequences import Turn, unconditional_prompt
 from starflow2_jax.model import Model, Sampling, load
-from starflow2_jax.models.pretzel import Pretzel
+from starflow2_jax.models.pretzel import Pretzel, spread_images
+from starflow2_jax.nn.attention import AttentionSpec
 from starflow2_jax.parallel.cpu import keep_freed_memory
-from starflow2_jax.sampling import generate, slots
+from starflow2_jax.sampling import display, generate, slots
 from starflow2_jax.sampling.engine import Engine, EngineConfig, Request
 from starflow2_jax.sampling.jacobi import JacobiConfig
+from starflow2_jax.sampling.prompts import padded
 from starflow2_jax.sampling.state import Mode, row_settings
 from starflow2_jax.service import Chat, Service
 
 PAIRS, BATCHES, TOKENS, GUIDANCE = 3, (1, 4, 16, 64), 32, 2.0
+QUESTION = "which digit is this?"
 JACOBI = JacobiConfig(chunk=16, threshold=1e-2)
 Row = dict[str, Any]
 
@@ -225,38 +229,72 @@ def engine(model: Model) -> Iterator[Row]:
     yield row("engine/bit_equal_alone", equal, f"of {len(requests)} requests")
 
 
+def _errors(model: Model, chat: Chat) -> Iterator[Row]:
+    """What the latents and the next logits would be, were the drawn image encoded anew."""
+    service = chat.service
+    [image] = chat.turns[1].parts
+    drawing = [*chat.turns[:2], Turn("user", (QUESTION,))]
+    whole = service.row(drawing)
+
+    prompt = padded([whole])
+
+    @jax.jit
+    def run(model: Pretzel, u: jax.Array) -> jax.Array:
+        spread = spread_images(u, prompt.image_start, prompt.tokens.shape[1])
+        streams = model.run(prompt.tokens, prompt.kinds, prompt.positions, spread, AttentionSpec())
+        return model.logits(streams.y[:, -1], streams.g[:, -1])
+
+    def logits(u: np.ndarray) -> np.ndarray:
+        return np.asarray(run(model.pretzel, jnp.asarray(u)[None]))
+
+    kept = logits(whole.u)
+    x = display.to_x(model.pretzel, jnp.asarray(whole.u))
+    anew = {
+        "latents": np.asarray(display.to_u(model.pretzel, x)),
+        "pixels": model.latents(image[None], model.reading_seeds(1)),
+    }
+    for name, u in anew.items():
+        largest = float(np.abs(whole.u).max())
+        error = float(np.abs(u - whole.u).max())
+        yield row(f"reuse/u_error/{name}", error, "largest", of=largest)
+        error, largest = float(np.abs(logits(u) - kept).max()), float(np.abs(kept).max())
+        yield row(f"reuse/logits_error/{name}", error, "largest", of=largest)
+
+
 def reuse(model: Model) -> Iterator[Row]:
     """The first token of an answer about an image that was drawn."""
     sampling = Sampling(max_images=1, max_new_tokens=1)
     chat = model.chat(sampling, context=128)
     service, engine = chat.service, chat.service.engine
-    question = "which digit is this?"
-    found: dict[str, list[tuple[float, int]]] = {"cached": [], "anew": []}
+    found: dict[str, list[tuple[float, int, int]]] = {"cached": [], "anew": []}
 
     def ask(chat: Chat) -> None:
-        list(chat.say(question, max_images=0))
+        list(chat.say(QUESTION, max_images=0))
 
     def anew(chat: Chat) -> None:
         """The picture goes through the shallow flow and the whole conversation is read."""
         whole = service.row(chat.turns[:3])
-        u = model.latents(chat.turns[1].parts[0][None], [0])
+        u = model.latents(chat.turns[1].parts[0][None], model.reading_seeds(1))
         again = dataclasses.replace(whole, u=u)
         service.submit(again, dataclasses.replace(sampling, max_images=0))
         while service.busy:
             service.poll()
 
-    for _ in range(PAIRS + 2):
+    for _ in range(5 * PAIRS + 2):
         chat = Chat(service, sampling)
         list(chat.say("a handwritten three", draw=True))
         for name, call in (("cached", ask), ("anew", anew)):
-            before = engine.fed
-            found[name].append((timed(lambda: call(chat)), engine.fed - before))  # noqa: B023
-    cached, other = found["cached"][1:], found["anew"][1:]
+            before = engine.fed, engine.reads
+            seconds = timed(lambda: call(chat))  # noqa: B023
+            found[name].append((seconds, engine.fed - before[0], engine.reads - before[1]))
+    cached, other = found["cached"][2:], found["anew"][2:]
     ratio = statistics.median(b[0] / a[0] for a, b in zip(cached, other, strict=True))
-    seconds = statistics.median(t for t, _ in cached)
-    yield row("reuse/cached", seconds * 1e3, "ms", ratio=ratio, positions=cached[-1][1])
-    seconds = statistics.median(t for t, _ in other)
-    yield row("reuse/encoded_anew", seconds * 1e3, "ms", positions=other[-1][1])
+    for name, times in (("cached", cached), ("encoded_anew", other)):
+        seconds = statistics.median(t for t, _, _ in times)
+        more = {"ratio": ratio} if name == "cached" else {}
+        more |= {"positions": times[-1][1], "reading_calls": times[-1][2]}
+        yield row(f"reuse/{name}", seconds * 1e3, "ms", **more)
+    yield from _errors(model, chat)
 
 
 PARTS = {"batch": batches, "step": steps, "engine": engine, "reuse": reuse}

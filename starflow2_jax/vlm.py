@@ -58,6 +58,8 @@ class Assistant:
     def __init__(self, bundle: VlmBundle, context: int | None = None) -> None:
         """`context`: most positions of a conversation; default: what `config.json` says."""
         self.model = for_decoding(bundle.model)
+        self.record = bundle.record
+        """The model directory's description."""
         self.tokenizer = bundle.tokenizer
         self.limits = load_limits(bundle.files)
         config = _record(bundle.files / "config.json")

@@ -16,22 +16,21 @@ import tiny
 from PIL import Image
 
 from starflow2_jax import Turn, load
-from starflow2_jax.bundle import Bundle, save_bundle
+from starflow2_jax.bundle import save_bundle
 from starflow2_jax.cli.main import main
 from starflow2_jax.data import digits
 from starflow2_jax.data.images import write_folder
 from starflow2_jax.data.pipeline import single_batch, to_rows
-from starflow2_jax.data.sequences import ImageShape, encode_turns
+from starflow2_jax.data.sequences import encode_turns
 from starflow2_jax.evaluation.dataset import drawing, open_dataset
 from starflow2_jax.evaluation.job import Job, run_job
 from starflow2_jax.evaluation.matching import recalls
 from starflow2_jax.model import _image_seeds
-from starflow2_jax.models.patches import fit_patch_codec, noisy_latents
-from starflow2_jax.models.pretzel import PretzelConfig
+from starflow2_jax.models.patches import noisy_latents
 from starflow2_jax.training.objective import image_loss
 
 ROOT = pathlib.Path(__file__).parent.parent
-SHAPE = ImageShape(4, 4, 1, 2)
+SHAPE = tiny.SHAPE
 COUNT = 7
 
 
@@ -44,15 +43,7 @@ def images():
 def folder(tmp_path_factory, images):
     """A model directory and the data: `model`, `drawings.jsonl`, `stories.jsonl`."""
     folder = tmp_path_factory.mktemp("likelihood")
-    tokenizer = digits.tokenizer()
-    config = PretzelConfig(
-        tiny.vlm(vocab_size=tokenizer.vocab_size),
-        tiny.flow(channels=4),
-        tokenizer.special,
-        dtype="float32",
-    )
-    codec = fit_patch_codec(images, 2, 0)
-    save_bundle(folder / "model", Bundle(tiny.pretzel(config, seed=3), codec, tokenizer, SHAPE, {}))
+    save_bundle(folder / "model", tiny.bundle(images, seed=3))
     (folder / "images").mkdir()
     drawings, stories = [], []
     for i, image in enumerate(images):
@@ -103,26 +94,25 @@ def test_every_number_of_a_conversation(folder, model, images, tmp_path, capsys)
         for image, nats, bits in zip(
             row["images"], scores.images, scores.bits_per_dim, strict=True
         ):
-            assert image["nats"] == pytest.approx(nats, rel=1e-6)  # float32
-            assert image["bits_per_dim"] == pytest.approx(bits, rel=1e-6)
+            assert image["nats"] == pytest.approx(nats, rel=1e-5)
+            assert image["bits_per_dim"] == pytest.approx(bits, rel=1e-5)
             draws = np.array(image["nats_by_draw"])
             bound = np.logaddexp.reduce(draws) - np.log(3)
             assert image["nats_bound"] == pytest.approx(bound, rel=1e-9)
             assert image["nats_spread"] == pytest.approx(draws.std(ddof=1), rel=1e-6) != 0
             assert image["bits_per_dim_bound"] < image["bits_per_dim"]
         assert row["text_tokens"] == len(scores.text)
-        assert row["text_nats"] == pytest.approx(scores.text.sum(), rel=1e-6)
-        assert row["perplexity"] == pytest.approx(math.exp(-scores.text.mean()), rel=1e-6)
+        assert row["text_nats"] == pytest.approx(scores.text.sum(), rel=1e-5)
+        assert math.log(row["perplexity"]) == pytest.approx(-scores.text.mean(), rel=1e-5)
         assert row["joint_nats"] == pytest.approx(drawn["nats"] + row["text_nats"], rel=1e-9)
     assert summary["images"] == 2 * COUNT
     tokens = sum(len(s.text) for s in expected)
-    assert summary["perplexity"] == pytest.approx(
-        math.exp(-sum(s.text.sum() for s in expected) / tokens), rel=1e-6
-    )
+    nats = sum(s.text.sum() for s in expected)
+    assert math.log(summary["perplexity"]) == pytest.approx(-nats / tokens, rel=1e-5)
     drawn = summary["assistant_images"]
     bits = np.array([s.bits_per_dim[1] for s in expected])
-    assert drawn["bits_per_dim"] == pytest.approx(bits.mean(), rel=1e-6)
-    assert np.mean(drawn["bits_per_dim_by_draw"]) == pytest.approx(bits.mean(), rel=1e-6)
+    assert drawn["bits_per_dim"] == pytest.approx(bits.mean(), rel=1e-5)
+    assert np.mean(drawn["bits_per_dim_by_draw"]) == pytest.approx(bits.mean(), rel=1e-5)
 
 
 def test_bits_per_dim_are_those_of_the_training_objective(folder, model, tmp_path):

@@ -7,37 +7,28 @@ import pytest
 import tiny
 
 from starflow2_jax import Sampling, Turn, load
-from starflow2_jax.bundle import Bundle, save_bundle
+from starflow2_jax.bundle import save_bundle
 from starflow2_jax.data import digits, pipeline
-from starflow2_jax.data.sequences import ImageShape, encode_turns
+from starflow2_jax.data.sequences import encode_turns
 from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation.likelihood import CaptionScores, score_captions
 from starflow2_jax.model import Model
-from starflow2_jax.models.patches import fit_patch_codec, noisy_latents
-from starflow2_jax.models.pretzel import PretzelConfig
+from starflow2_jax.models.patches import noisy_latents
 
-SHAPE = ImageShape(4, 4, 1, 2)
+SHAPE = tiny.SHAPE
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 1), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
 def model():
-    tokenizer = digits.tokenizer()
-    config = PretzelConfig(
-        tiny.vlm(vocab_size=tokenizer.vocab_size),
-        tiny.flow(channels=4),
-        tokenizer.special,
-        dtype="float32",
-    )
-    codec = fit_patch_codec(IMAGES, 2, 0)
-    return Model(Bundle(tiny.pretzel(config), codec, tokenizer, SHAPE, {"seed": 5}))
+    return Model(tiny.bundle(IMAGES, seed=0, trained_with=5))
 
 
 def test_a_saved_model_is_the_same_model(model, tmp_path):
     save_bundle(tmp_path / "model", model.bundle)
     again = load(tmp_path)
     assert again.pretzel.config == model.pretzel.config
-    assert again.bundle.metadata["seed"] == 5 and again.bundle.image == SHAPE
+    assert again.bundle.metadata["trained_with"] == 5 and again.bundle.image == SHAPE
     prompts = [[Turn("user", ("a handwritten three", IMAGES[0]))]]
     sampling = Sampling(temperature=1.0, max_new_tokens=6, seed=1)
     ours, theirs = model.generate(prompts, sampling)[0], again.generate(prompts, sampling)[0]

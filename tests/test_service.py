@@ -12,35 +12,23 @@ import pytest
 import tiny
 
 from starflow2_jax import Sampling, Turn
-from starflow2_jax.bundle import Bundle, save_bundle
+from starflow2_jax.bundle import save_bundle
 from starflow2_jax.cli.main import main
 from starflow2_jax.conversation import as_text, shows_images
 from starflow2_jax.data import digits
-from starflow2_jax.data.sequences import ImageShape
 from starflow2_jax.errors import UserError
 from starflow2_jax.model import Model
-from starflow2_jax.models.patches import fit_patch_codec
-from starflow2_jax.models.pretzel import PretzelConfig
 from starflow2_jax.sampling import display
 from starflow2_jax.sampling.engine import EngineConfig
 from starflow2_jax.sampling.prompts import padded
 from starflow2_jax.service import Chat, Service
 
-SHAPE = ImageShape(4, 4, 1, 2)
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 1), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
 def model():
-    tokenizer = digits.tokenizer()
-    config = PretzelConfig(
-        tiny.vlm(vocab_size=tokenizer.vocab_size),
-        tiny.flow(channels=4),
-        tokenizer.special,
-        dtype="float32",
-    )
-    codec = fit_patch_codec(IMAGES, 2, 0)
-    return Model(Bundle(tiny.pretzel(config), codec, tokenizer, SHAPE, {"seed": 5}))
+    return Model(tiny.bundle(IMAGES, seed=0, trained_with=5))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from starflow2_jax.bundle import Bundle
+from starflow2_jax.data import digits
+from starflow2_jax.data.sequences import ImageShape
 from starflow2_jax.models.flow import FlowConfig
+from starflow2_jax.models.patches import fit_patch_codec
 from starflow2_jax.models.pretzel import Kind, Pretzel, PretzelConfig, Rows, SpecialTokens
 from starflow2_jax.models.qwen2_5_vl import LanguageModelConfig
 
@@ -75,6 +79,20 @@ def randomised(make_model, seed=0, dtype=np.float32, zero=()):
 def pretzel(cfg, seed=0, zero=()):
     wide = np.float64 if cfg.dtype == "float64" else np.float32
     return randomised(lambda: Pretzel(cfg, rngs=nnx.Rngs(0)), seed, wide, zero)
+
+
+# Of the pictures of `bundle`: 2 x 2 patches of 2 x 2 grey pixels.
+SHAPE = ImageShape(4, 4, 1, 2)
+
+
+def bundle(images, seed=0, **metadata):
+    """All of a model with the digits' tokenizer; its codec fits these pictures."""
+    tokenizer = digits.tokenizer()
+    cfg = PretzelConfig(
+        vlm(vocab_size=tokenizer.vocab_size), flow(channels=4), tokenizer.special, dtype="float32"
+    )
+    codec = fit_patch_codec(images, 2, 0)
+    return Bundle(pretzel(cfg, seed), codec, tokenizer, SHAPE, metadata)
 
 
 @dataclasses.dataclass

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 
 import starflow2_jax
-from starflow2_jax.cli import chat, convert, data, evaluate, plan, sample, train
+from starflow2_jax.cli import chat, convert, data, evaluate, plan, sample, serve, train
 from starflow2_jax.cli.config import split_overrides
 from starflow2_jax.errors import Interrupted, UserError
 
@@ -23,6 +23,7 @@ COMMANDS = {
     "convert": convert,
     "data": data,
     "chat": chat,
+    "serve": serve,
 }
 
 

@@ -37,6 +37,24 @@ Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 """uint8 [H, W, channels] and randomness -> an image of the same shape."""
 
 
+def _opened(path: pathlib.Path, channels: int) -> Image.Image:
+    try:
+        with Image.open(path) as file:
+            if file.mode.startswith(("I", "F")):
+                raise UserError(f"{path} is of mode {file.mode}; expected 8 bits per channel")
+            return file.convert("L" if channels == 1 else "RGB")
+    # Pillow raises these, by the kind of damage.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is not a readable image: {reason}") from error
+
+
+def read_pixels(path: pathlib.Path, channels: int) -> np.ndarray:
+    """An image file as it is, uint8 [H, W, channels]; errors as of `read_image`."""
+    picture = _opened(path, channels)
+    return np.asarray(picture).reshape(picture.height, picture.width, channels)
+
+
 def read_image(path: pathlib.Path, size: int, channels: int) -> np.ndarray:
     """An image file as uint8 [size, size, channels].
 
@@ -51,15 +69,7 @@ def read_image(path: pathlib.Path, size: int, channels: int) -> np.ndarray:
     Raises:
         UserError: it cannot be read, or has more than 8 bits per channel.
     """
-    try:
-        with Image.open(path) as file:
-            if file.mode.startswith(("I", "F")):
-                raise UserError(f"{path} is of mode {file.mode}; expected 8 bits per channel")
-            picture = file.convert("L" if channels == 1 else "RGB")
-    # Pillow raises these, by the kind of damage.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} is not a readable image: {reason}") from error
+    picture = _opened(path, channels)
     side = min(picture.size)
     if picture.size != (size, size):
         left, top = ((edge - side) / 2 for edge in picture.size)
@@ -205,7 +215,7 @@ class ImageFolder:
         }
 
 
-def _below(folder: pathlib.Path) -> list[pathlib.Path]:
+def image_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The image files in a folder and its sub-folders, hidden ones left out."""
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
@@ -239,8 +249,8 @@ def open_folder(
     if not root.is_dir():
         raise UserError(f"there is no folder {root}; expected one with a sub-folder for each class")
     names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    by_class = {name: _below(root / name) for name in names}
-    loose = [path for path in _below(root) if path.parent == root]
+    by_class = {name: image_files(root / name) for name in names}
+    loose = [path for path in image_files(root) if path.parent == root]
     if names and loose:
         raise UserError(
             f"{root} has sub-folders and images ({loose[0].name}, ...) beside them; expected every "

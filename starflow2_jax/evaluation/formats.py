@@ -13,7 +13,7 @@ import json
 import pathlib
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -92,7 +92,7 @@ def tiled(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
     return np.concatenate(lines, 0)
 
 
-def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+def json_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
     """(file:line, value) of each line that is not empty."""
     for number, line in enumerate(_text(path).splitlines(), 1):
         if not line.strip():
@@ -177,7 +177,7 @@ class GenEval:
     def items(self, prompts: pathlib.Path) -> list[Item]:
         """See `Layout`."""
         found = []
-        for where, record in _json_lines(prompts):
+        for where, record in json_lines(prompts):
             _field(record, "tag", str, where)
             _field(record, "include", list, where)
             text = _field(record, "prompt", str, where)
@@ -350,6 +350,19 @@ class Wise:
         return problems + _strangers(folder, "*.png", wanted, "of no prompt_id, never scored")
 
 
+def write_log(
+    folder: pathlib.Path, task: str, responses: Mapping[int, str], model: str = "starflow2_jax"
+) -> None:
+    """Writes `TASK.json`, which `lmms-eval --model from_log` replays: responses by `doc_id`."""
+    log = {
+        "args": {"model": model, "model_args": "", "limit": None},
+        "model_configs": {"task": task},
+        "logs": [{"doc_id": number, "resps": [[text]]} for number, text in responses.items()],
+        "time": time.strftime("%m%d_%H%M"),
+    }
+    write_json(folder / f"{task}.json", log)
+
+
 @dataclasses.dataclass(frozen=True)
 class LmmsEval:
     """`TASK_0.png` by document, and `TASK.json`, a log that `lmms-eval --model from_log` replays.
@@ -366,7 +379,7 @@ class LmmsEval:
     def items(self, prompts: pathlib.Path) -> list[Item]:
         """See `Layout`."""
         found = []
-        for where, record in _json_lines(prompts):
+        for where, record in json_lines(prompts):
             number = _field(record, "doc_id", int, where)
             found.append(Item(str(number), _field(record, "prompt", str, where), record))
         return _unique(found, prompts)
@@ -389,13 +402,7 @@ class LmmsEval:
         def response(item: Item) -> str:
             return json.dumps({"text": "", "images": [str(self._path(folder, item))]})
 
-        log = {
-            "args": {"model": self.model, "model_args": "", "limit": None},
-            "model_configs": {"task": self.task},
-            "logs": [{"doc_id": int(i.id), "resps": [[response(i)]]} for i in items],
-            "time": time.strftime("%m%d_%H%M"),
-        }
-        write_json(folder / f"{self.task}.json", log)
+        write_log(folder, self.task, {int(i.id): response(i) for i in items}, self.model)
 
     def check(self, folder: pathlib.Path, items: Sequence[Item]) -> list[str]:
         """See `Layout`."""

@@ -195,6 +195,17 @@ def attend(
     return partition.constrain(mixed, ("batch", "length", "heads", None, None))
 
 
+def weights(q: jax.Array, k: jax.Array, spec: AttentionSpec) -> jax.Array:
+    """What `attend` mixes the values with, to be looked at: [B, K, G, T, T], query, key.
+
+    In at least float32, and all of them at once. Arguments as of `attend`; no windows.
+    """
+    wide = at_least_float32(q.dtype)
+    scores = jnp.einsum("btkgd,bskd->bkgts", _scaled(q, spec), k, preferred_element_type=wide)
+    visible = _visible(spec, *q.shape[:2])[:, None, None]
+    return jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(wide).min), axis=-1)
+
+
 def _attend_by_xla(
     q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, past: Past | None
 ) -> jax.Array:

@@ -7,6 +7,7 @@ M cache slots.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -39,7 +40,8 @@ class DecoderConfig:
 
     Attributes:
         norm: "layer" (LayerNorm), "rms" (gain = weight).
-        mlp: "gelu" (exact, two matrices) or "swiglu" (three).
+        mlp: "gelu" (exact, two matrices), "quick_gelu" (x sigmoid(1.702 x) in its place), "swiglu"
+            (three).
         final_norm: none, "layer", "rms" (gain = weight) or "rms_unit_offset" (gain = 1 + weight).
         remat: what the backward pass recomputes: "none"; "dots", all but matrix products;
             "products", all but the matrix products and the attention that it needs (weights are
@@ -57,7 +59,7 @@ class DecoderConfig:
     head_dim: int
     mlp_width: int
     norm: Literal["layer", "rms"]
-    mlp: Literal["gelu", "swiglu"]
+    mlp: Literal["gelu", "quick_gelu", "swiglu"]
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
@@ -73,6 +75,13 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} heads do not share {self.kv_heads} kv heads evenly")
+
+
+_MLPS: dict[str, Callable[..., nnx.Module]] = {
+    "gelu": layers.GeluMLP,
+    "quick_gelu": functools.partial(layers.GeluMLP, quick=True),
+    "swiglu": layers.SwiGLU,
+}
 
 
 class Attention(nnx.Module):
@@ -101,17 +110,10 @@ class Attention(nnx.Module):
             nnx.data(_head_norm(config, rngs, stack) if config.qk_norm else None) for _ in "qk"
         )
 
-    def __call__(
-        self,
-        x: jax.Array,
-        rotation: tuple[jax.Array, jax.Array] | None,
-        spec: attention.AttentionSpec,
-        past: attention.Past | attention.Slots | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """[B, T, D] -> [B, T, D], and this call's rotated keys and values [B, T, K, d].
-
-        With `Slots`: theirs, the new ones among them.
-        """
+    def project(
+        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array] | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[B, T, D] -> rotated queries [B, T, K, G, d] and keys, and values, [B, T, K, d]."""
         c = self.config
         groups = c.heads // c.kv_heads
         qkv = checkpoint_name(self.qkv(x), "qkv").reshape(
@@ -123,6 +125,20 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
+        return q, k, v
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rotation: tuple[jax.Array, jax.Array] | None,
+        spec: attention.AttentionSpec,
+        past: attention.Past | attention.Slots | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """[B, T, D] -> [B, T, D], and this call's rotated keys and values [B, T, K, d].
+
+        With `Slots`: theirs, the new ones among them.
+        """
+        q, k, v = self.project(x, rotation)
         # Under a sharded length every query needs every key of its row.
         k = partition.constrain(k, ("batch", None, "heads", None))
         v = partition.constrain(v, ("batch", None, "heads", None))
@@ -146,7 +162,7 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, stack: tuple[int, ...]) -> None:
         norm = layers.LayerNorm if config.norm == "layer" else layers.RMSNorm
-        mlp = layers.GeluMLP if config.mlp == "gelu" else layers.SwiGLU
+        mlp = _MLPS[config.mlp]
         norm_args: dict[str, Any] = {
             "rngs": rngs,
             "epsilon": config.norm_epsilon,
@@ -344,6 +360,23 @@ class Decoder(nnx.Module):
         """Whether the stack may be unrolled."""
         leaves = jax.tree.leaves(self.layers)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) <= UNROLLED_BYTES
+
+    def attention_weights(
+        self, x: jax.Array, angles: jax.Array | None, spec: attention.AttentionSpec
+    ) -> jax.Array:
+        """Who attends to whom, mean over heads: [L, B, T, T], query, key; at least float32.
+
+        Args:
+            x, angles, spec: see `__call__`; no windows. All scores of a layer are held at once.
+        """
+        rotation = None if angles is None else (jnp.cos(angles), jnp.sin(angles))
+
+        def body(x: jax.Array, layer: DecoderLayer) -> tuple[jax.Array, jax.Array]:
+            q, k, _ = layer.attention.project(layer.attention_norm(x), rotation)
+            weights = attention.weights(q, k, spec).mean((1, 2))
+            return layer(x, rotation, spec, None)[0], weights
+
+        return jax.lax.scan(body, x, self.layers)[1]
 
     def __call__(
         self,

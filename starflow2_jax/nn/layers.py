@@ -200,11 +200,19 @@ class LayerScale(nnx.Module):
 
 
 class GeluMLP(nnx.Module):
-    """Linear D -> F, exact (erf) GELU, Linear F -> D."""
+    """Linear D -> F, exact (erf) GELU or with `quick` x sigmoid(1.702 x), Linear F -> D."""
 
     def __init__(
-        self, width: int, hidden: int, *, rngs: nnx.Rngs, bias: bool, stack: tuple[int, ...] = ()
+        self,
+        width: int,
+        hidden: int,
+        *,
+        rngs: nnx.Rngs,
+        bias: bool,
+        stack: tuple[int, ...] = (),
+        quick: bool = False,
     ) -> None:
+        self.quick = quick
         self.up = Linear(width, hidden, rngs=rngs, logical=("embed", "mlp"), bias=bias, stack=stack)
         self.down = Linear(
             hidden, width, rngs=rngs, logical=("mlp", "embed"), bias=bias, stack=stack
@@ -214,6 +222,8 @@ class GeluMLP(nnx.Module):
         """[B, T, D] -> [B, T, D]."""
         hidden = checkpoint_name(self.up(x), "up")
         hidden = partition.constrain(hidden, ("batch_in_mlp", "length", "mlp"))
+        if self.quick:
+            return self.down(hidden * jax.nn.sigmoid(1.702 * hidden))
         return self.down(jax.nn.gelu(hidden, approximate=False))
 
 

@@ -196,6 +196,8 @@ class Engine:
         """Positions of prompts that were read so far."""
         self.reused = 0
         """Positions of prompts that were cached already."""
+        self.reads = 0
+        """Calls that read a piece of a prompt so far."""
         self.steps = 0
         """Calls of the decode step so far, at most."""
 
@@ -263,7 +265,7 @@ class Engine:
             kinds = np.full(length, Kind.TEXT)
             self.submit(Request(Row(ids, kinds, places, none), max_new_tokens=1, max_images=0))
         collections.deque(self.run(), maxlen=0)
-        self.fed = self.steps = 0
+        self.fed = self.reads = self.steps = 0
 
     def _placed(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self._mesh is None else rules.use(self._mesh)
@@ -347,6 +349,7 @@ class Engine:
                 self._state = self._in_place(state)
                 seat.read += count
                 self.fed += count
+                self.reads += 1
                 left -= 1
             if seat.read < len(seat.request.row):
                 return

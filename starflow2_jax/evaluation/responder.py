@@ -1,0 +1,141 @@
+"""Answers about pictures, by a STARFlow2 model or a converted VLM, whichever a folder holds.
+
+A picture goes into the prompt as what the vision tower sees of it (VIT), or as the latents that the
+model itself draws with (LATENT).
+"""
+
+import io
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Literal
+
+import PIL.Image
+import PIL.ImageOps
+from flax import nnx
+
+from starflow2_jax.bundle import checksum, is_bundle
+from starflow2_jax.data.decoding import decode
+from starflow2_jax.data.sequences import Part, Turn
+from starflow2_jax.data.views import Limits, view
+from starflow2_jax.errors import UserError
+from starflow2_jax.model import Model, Sampling, load
+from starflow2_jax.vlm import Assistant, Writing
+
+Path = Literal["vit", "latent"]
+
+Said = str | bytes | PIL.Image.Image
+"""A text, an encoded picture (PNG, JPEG, WebP), or an opened one."""
+
+
+class Responder:
+    """A model that answers in words."""
+
+    def __init__(
+        self, folder: str | os.PathLike[str], path: Path | None = None, limits: Limits = Limits()
+    ) -> None:
+        """Loads a model.
+
+        Args:
+            folder: a STARFlow2 model or run, or a converted VLM.
+            path: how it sees; default: through the vision tower if it has one.
+            limits: of the pictures' size for the tower; a converted VLM has its own.
+
+        Raises:
+            UserError: it is neither, or damaged, or cannot see in that way.
+        """
+        place = pathlib.Path(folder)
+        self._model: Model | None = load(place) if is_bundle(place) else None
+        self._assistant = Assistant.load(place) if self._model is None else None
+        if self._model is not None:
+            self._tower, self._limits = self._model.pretzel.config.vlm.vision, limits
+        else:
+            self._tower, self._limits = self._assistant.model.config.vision, self._assistant.limits
+        self.path: Path = path or ("latent" if self._tower is None else "vit")
+        """How it sees."""
+        if self.path == "vit" and self._tower is None:
+            raise UserError(f"{place} has no vision tower; it sees latents")
+        if self.path == "latent" and self._model is None:
+            raise UserError(f"{place} is a VLM that has no latents; it sees through its tower")
+
+    def checksum(self) -> str:
+        """Of the weights."""
+        if self._model is None:
+            return str(self._assistant.record["checksum"])
+        return checksum(nnx.to_pure_dict(nnx.state(self._model.pretzel)))
+
+    def _part(self, said: Said, where: str) -> Part:
+        if isinstance(said, str):
+            return said
+        try:
+            if self.path == "latent":
+                data = said if isinstance(said, bytes) else _encoded(said)
+                return decode(data, self._model.bundle.image)
+            opened = PIL.Image.open(io.BytesIO(said)) if isinstance(said, bytes) else said
+            upright = PIL.ImageOps.exif_transpose(opened).convert("RGB")
+        except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{where}: the picture cannot be read ({reason})") from error
+        return view(upright, self._tower, self._limits, where)
+
+    def turn(self, role: Literal["user", "assistant"], said: Sequence[Said], where: str) -> Turn:
+        """A turn of texts and pictures.
+
+        Raises:
+            UserError: a picture that cannot be read; `where` names it.
+        """
+        return Turn(role, tuple(self._part(one, where) for one in said if one))
+
+    def answers(
+        self,
+        conversations: Sequence[Sequence[Turn]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: tuple[str, ...] = (),
+        rows: int = 16,
+    ) -> list[str]:
+        """The texts of the replies; nothing is drawn.
+
+        Args:
+            conversations: each ends with a user's turn.
+            max_new_tokens: of a reply.
+            temperature, top_p, seed: see `Sampling`.
+            stop: strings that end a reply and are no part of it.
+            rows: of a compiled batch.
+
+        Raises:
+            UserError: special tokens in a text, or more than the context holds.
+        """
+        if self._model is not None:
+            sampling = Sampling(
+                temperature=temperature,
+                top_p=top_p,
+                max_new_tokens=max_new_tokens,
+                max_images=0,
+                seed=seed,
+                stop=stop,
+            )
+            replies = self._model.generate(conversations, sampling, rows=rows)
+            texts = [reply.text for reply in replies]
+        else:
+            writing = Writing(temperature, top_p, max_new_tokens, seed)
+            texts = []
+            for start in range(0, len(conversations), rows):
+                some = self._assistant.answers(conversations[start : start + rows], writing)
+                texts += [answer.text for answer in some]
+        return [_until(text, stop) for text in texts]
+
+
+def _encoded(picture: PIL.Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def _until(text: str, stop: Sequence[str]) -> str:
+    for end in stop:
+        text = text.split(end, 1)[0]
+    return text.strip()

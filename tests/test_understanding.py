@@ -1,0 +1,195 @@
+"""`starflow2 evaluate understanding`, and lmms-eval's way to a model."""
+
+import importlib
+import importlib.util
+import io
+import json
+import pathlib
+import tomllib
+
+import hf_folder
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from starflow2_jax import Sampling, Turn, load
+from starflow2_jax.bundle import save_bundle
+from starflow2_jax.cli.main import main
+from starflow2_jax.convert.qwen2_5_vl import import_folder
+from starflow2_jax.data.decoding import decode
+from starflow2_jax.errors import UserError
+from starflow2_jax.evaluation.formats import LmmsEval
+from starflow2_jax.evaluation.responder import Responder
+from starflow2_jax.evaluation.understanding import anls, edit_distance, exact_match
+from starflow2_jax.vlm import Assistant, Writing
+
+ROOT = pathlib.Path(__file__).parent.parent
+COUNT = 5
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return np.random.default_rng(0).integers(0, 256, (COUNT, 4, 4, 1), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, pictures):
+    """`model`, `vlm`, `questions.jsonl` and its pictures."""
+    folder = tmp_path_factory.mktemp("understanding")
+    save_bundle(folder / "model", tiny.bundle(pictures, seed=3))
+    import_folder(hf_folder.write(folder / "hf", hf_folder.hf_model()), folder / "vlm")
+    lines = []
+    for n, picture in enumerate(pictures):
+        large = np.kron(picture[..., 0], np.ones((16, 16), np.uint8))
+        Image.fromarray(large).save(folder / f"{n}.png")
+        line = {"image": f"{n}.png", "question": "which digit is this?", "answers": ["three", "3"]}
+        lines.append(line | {"doc_id": 10 + n})
+    lines[1] |= {"id": "named", "question": "it is <image>, is it not?", "answer": "yes"}
+    del lines[1]["answers"], lines[2]["question"]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def arguments(folder, out, *more, model="model"):
+    command = ["evaluate", "understanding", "--model", folder / model, "--out", out, "--rows", 2]
+    data = ["--data", folder / "questions.jsonl", "--max-new-tokens", 4]
+    return [str(word) for word in [*command, *data, *more]]
+
+
+def results(out):
+    lines = (out / "examples.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines], json.loads((out / "summary.json").read_text())
+
+
+def test_scores_of_replies():
+    assert exact_match(" Three. ", ["3", "three"]) == 1 and exact_match("threes", ["three"]) == 0
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        a, b = ("".join(rng.choice(list("ab "), rng.integers(0, 7))) for _ in range(2))
+        table = np.zeros((len(a) + 1, len(b) + 1), int)
+        table[:, 0], table[0] = range(len(a) + 1), range(len(b) + 1)
+        for i in range(1, len(a) + 1):
+            for j in range(1, len(b) + 1):
+                replaced = table[i - 1, j - 1] + (a[i - 1] != b[j - 1])
+                table[i, j] = min(table[i - 1, j] + 1, table[i, j - 1] + 1, replaced)
+        assert edit_distance(a, b) == table[-1, -1], (a, b)
+    assert anls("Three", ["three"]) == 1
+    assert anls("thre", ["nine", "three"]) == pytest.approx(0.8)
+    assert anls("ab", ["ac"]) == 0  # at the threshold
+    assert anls("abc", ["abd"]) == pytest.approx(2 / 3)
+
+
+@pytest.mark.slow
+def test_replies_are_the_models(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(arguments(folder, out, "--task", "digits")) == 0
+    assert "exact_match" in capsys.readouterr().out
+    rows, summary = results(out)
+    model = load(folder / "model")
+    shown = [decode((folder / f"{n}.png").read_bytes(), tiny.SHAPE) for n in range(COUNT)]
+    asked = [[Turn("user", (picture, "which digit is this?"))] for picture in shown]
+    asked[1] = [Turn("user", ("it is", shown[1], ", is it not?"))]
+    asked[2] = [Turn("user", (shown[2], "describe this image"))]
+    replies = model.generate(asked, Sampling(max_images=0, max_new_tokens=4), rows=2)
+    assert [row["reply"] for row in rows] == [reply.text for reply in replies]
+    assert [row["id"] for row in rows] == [0, "named", 2, 3, 4]
+    assert rows[1]["answers"] == ["yes"] and summary["path"] == "latent"
+    for name in ("exact_match", "anls"):
+        assert summary[name] == pytest.approx(np.mean([row[name] for row in rows]))
+    # The log is one that the harness's replay reads.
+    log = json.loads((out / "digits.json").read_text())
+    assert {e["doc_id"]: e["resps"][0][0] for e in log["logs"]} == {
+        row["doc_id"]: row["reply"] for row in rows
+    }
+    items = [{"doc_id": row["doc_id"], "prompt": "-"} for row in rows]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    layout = LmmsEval(task="digits")
+    problems = layout.check(out, layout.items(tmp_path / "items.jsonl"))
+    assert all("not the JSON text of an image" in problem for problem in problems)
+
+
+def test_an_interrupted_job_goes_on(folder, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    main(arguments(folder, whole))
+    answers, calls = Responder.answers, []
+
+    def failing(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise UserError("pulled the plug")
+        return answers(self, *args, **kwargs)
+
+    monkeypatch.setattr(Responder, "answers", failing)
+    assert main(arguments(folder, broken)) == 2
+    assert not (broken / "summary.json").exists()
+    assert main(arguments(folder, broken)) == 0 and len(calls) == 4
+    for name in ("examples.jsonl", "summary.json"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes()
+    assert main(arguments(folder, broken, "--suffix", "in one word")) == 2
+
+
+@pytest.mark.slow
+def test_a_vlm_sees_through_its_tower(folder, tmp_path):
+    out = tmp_path / "out"
+    assert main(arguments(folder, out, "--suffix", "in one word", model="vlm")) == 0
+    rows, summary = results(out)
+    assert summary["path"] == "vit"
+    assistant = Assistant.load(folder / "vlm")
+    files = [folder / f"{n}.png" for n in (0, 2)]
+    questions = ["which digit is this?\nin one word", "describe this image\nin one word"]
+    asked = [[assistant.turn(q, [f])] for q, f in zip(questions, files, strict=True)]
+    replies = assistant.answers(asked, Writing(max_new_tokens=4))
+    assert [rows[n]["reply"] for n in (0, 2)] == [reply.text.strip() for reply in replies]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ({"image": "0.png", "answer": 3}, "line 1: the answers are 3"),
+        (
+            {"image": "0.png", "question": "<image><image>", "answer": ""},
+            "1 pictures, but 2 places",
+        ),
+        ({"image": "none.png", "answer": "a"}, "none.png: No such file"),
+        ({"image": "bad.png", "answer": "a"}, "line 1: the picture cannot be read"),
+        ({"question": "why?"}, "no field 'answer'"),
+    ],
+)
+def test_bad_records_stop_the_job_with_their_name(folder, tmp_path, line, message, capsys):
+    (folder / "bad.png").write_bytes((folder / "0.png").read_bytes()[:40])
+    data = tmp_path / "bad.jsonl"
+    data.write_text(json.dumps(line) + "\n")
+    command = arguments(folder, tmp_path / "out", "--images", folder)
+    command[command.index(str(folder / "questions.jsonl"))] = str(data)
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_paths_that_a_model_has_not_are_refused(folder):
+    with pytest.raises(UserError, match="has no vision tower"):
+        Responder(folder / "model", "vit")
+    with pytest.raises(UserError, match="has no latents"):
+        Responder(folder / "vlm", "latent")
+
+
+def test_both_kinds_of_pictures_are_read(folder, pictures):
+    """Encoded or opened: the same turn."""
+    responder = Responder(folder / "model")
+    file = io.BytesIO()
+    Image.fromarray(pictures[0][..., 0]).save(file, "PNG")
+    turns = [
+        responder.turn("user", (picture, "", "a"), "here")
+        for picture in (file.getvalue(), Image.open(file))
+    ]
+    for turn in turns:
+        np.testing.assert_array_equal(turn.parts[0], pictures[0])
+        assert turn.parts[1:] == ("a",)
+
+
+def test_the_harness_is_told_of_the_model():
+    """Without the harness: that the entry point and the class that it leads to are there."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    module, _, name = project["entry-points"]["lmms_eval.models"]["starflow2_jax"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    assert importlib.util.find_spec("starflow2_jax.lmms_model") is not None
