@@ -51,15 +51,17 @@ def get_config() -> ml_collections.ConfigDict:
     config.log_seconds = 10.0
     config.emoji = "data/emoji"
     config.features = "vit"
-    config.vit = group(dict(width=192, layers=4, head_dim=64, most_masked=0.5, seen=1.0))
+    config.vit = group(
+        dict(width=384, layers=2, head_dim=64, layer_scale=0.1, most_masked=0.5, seen=4.0)
+    )
     config.fae = group(
         dict(
-            # 4 x 4 tokens of 48 numbers: 768 in place of 12,288.
-            patch=16,
-            channels=48,
-            encoder=dict(heads=6, head_dim=64),
-            feature_decoder=dict(layers=3, mlp_width=512),
-            pixel_decoder=dict(layers=4, width=256, heads=4, mlp_width=704),
+            # 2 x 2 tokens of 192 numbers: 768 in place of 12,288.
+            patch=32,
+            channels=192,
+            encoder=dict(heads=12, head_dim=64),
+            feature_decoder=dict(layers=3, mlp_width=1024, positions="learned"),
+            pixel_decoder=dict(layers=2, width=448, heads=7, mlp_width=1024),
         )
     )
     # No perceptual network and no critic: what is asked of this FAE is the pixels.
@@ -72,12 +74,12 @@ def get_config() -> ml_collections.ConfigDict:
             noisy=dict(noise=0.3, weights=plain),
         )
     )
-    config.vit_stage = _stage(steps=3000)
+    config.vit_stage = _stage(steps=400)
     config.stages = group()
-    config.stages.features = _stage(steps=3000)
-    config.stages.pixels = _stage(steps=2000)
-    config.stages.fine_tune = _stage(steps=3000)
-    config.stages.noisy = _stage(steps=1000)
+    config.stages.features = _stage(steps=1600)
+    config.stages.pixels = _stage(steps=200)
+    config.stages.fine_tune = _stage(steps=600)
+    config.stages.noisy = _stage(steps=300)
     config.checkpoint = group(dict(every=250, keep_last=1))
     config.evaluation = group(dict(every=250, batches=2, samples=1000))
     return config
@@ -85,14 +87,15 @@ def get_config() -> ml_collections.ConfigDict:
 
 def _stage(steps: int) -> ml_collections.ConfigDict:
     optimizer = dict(
-        steps=steps, learning_rate=1e-3, warmup=50, beta2=0.99, weight_decay=1e-4, ema=0.99
+        steps=steps, learning_rate=5e-4, warmup=50, beta2=0.99, weight_decay=1e-4, ema=0.99
     )
-    return ml_collections.ConfigDict(dict(batch=dict(rows=32), optimizer=optimizer))
+    return ml_collections.ConfigDict(dict(batch=dict(rows=64), optimizer=optimizer))
 
 
 def smoke(config: ml_collections.ConfigDict) -> None:
     """The same code at tiny sizes, on made pictures."""
     config.emoji = "made"
+    config.fae.patch = 16
     config.vit.update(width=32, layers=1, head_dim=16)
     config.fae.channels = 4
     config.fae.encoder.update(heads=2, head_dim=8)
@@ -123,13 +126,14 @@ def _vit(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> DinoV2Conf
         mlp_width=4 * v.width,
         patch=config.fae.patch,
         table_side=SIZE // config.fae.patch,
+        layer_scale=v.layer_scale,
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
     )
     own = ml_collections.ConfigDict({**config.to_dict(), "stages": {"vit": config.vit_stage}})
     train, held_out = _folders(config, workdir)
     loss = MaskedLoss(model.table_side**2, most_masked=v.most_masked, seen=v.seen)
-    task = MaskedViTTask(own, model, train, held_out, loss, varied)
+    task = MaskedViTTask(own, model, train, held_out, loss, varied, start_images=2000)
     (workdir / "vit").mkdir(exist_ok=True)
     loop.run(own, types.SimpleNamespace(make_task=lambda *_: task), workdir / "vit")
     return model
@@ -167,7 +171,7 @@ def make_task(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Emoji
         feature_decoder=FeatureDecoderConfig(
             **f.feature_decoder,
             heads=max(1, features // 64),
-            final_norm="none" if vit is None else "rms",
+            final_norm="none",
         ),
         pixel_decoder=PixelDecoderConfig(**f.pixel_decoder, patch=f.patch),
     )
@@ -175,7 +179,18 @@ def make_task(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Emoji
     stages = stages_of(config.fae_stages.to_dict(), side**2)
     some = held_out.batch(range(0, len(held_out), max(1, len(held_out) // 12)))["images"]
     draw = functools.partial(draw_samples, some)
-    return EmojiFAETask(config, model, stages, vit, train, held_out, workdir, draw, augment=varied)
+    return EmojiFAETask(
+        config,
+        model,
+        stages,
+        vit,
+        train,
+        held_out,
+        workdir,
+        draw,
+        augment=varied,
+        linear_start=not config.smoke,
+    )
 
 
 def draw_samples(images: np.ndarray, model: FeatureFAE, folder: pathlib.Path, name: str) -> None:
