@@ -37,10 +37,7 @@ from starflow2_jax.models.fae import (
     PixelDecoderConfig,
 )
 from starflow2_jax.models.fae_codec import FAECodec
-from starflow2_jax.models.flow import FlowConfig
-from starflow2_jax.models.pretzel import PretzelConfig
-from starflow2_jax.models.qwen2_5_vl import LanguageModelConfig
-from starflow2_jax.training.pretzel import PretzelTask
+from starflow2_jax.training.pretzel import PretzelTask, small_config
 
 SPLITS = ("train", "tune")
 
@@ -161,33 +158,7 @@ def make_task(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Pretz
         codec=FAECodec(load_fae(fae), shape, noise_std=config.noise_std),
         mixtures={name: stage.mixture.to_dict() for name, stage in config.stages.items()},
     )
-    lm, flow = config.language_model, config.flow
-    heads = lm.width // lm.head_dim
-    model = PretzelConfig(
-        vlm=LanguageModelConfig(
-            vocab_size=data.tokenizer.vocab_size,
-            width=lm.width,
-            layers=lm.layers,
-            heads=heads,
-            kv_heads=max(1, heads // 2),
-            head_dim=lm.head_dim,
-            mlp_width=lm.mlp_width,
-            tied=True,
-            remat="full",
-        ),
-        flow=FlowConfig(
-            channels=fae_config.channels,
-            side=fae_config.side,
-            width=flow.width,
-            head_dim=flow.head_dim,
-            deep_layers=flow.deep_layers,
-            shallow_layers=tuple(flow.shallow_layers),
-            shallow_orders=("keep", "flip"),
-            remat="full",
-        ),
-        special=data.tokenizer.special,
-        dtype="float32",
-    )
+    model = small_config(config, data, fae_config.channels)
     return PretzelTask(config, data, model, draw_samples)
 
 
