@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from starflow2_jax.data.emoji import varied
 from starflow2_jax.data.emoji_archive import SIZE, load_pictures, read_manifest, write_made
 from starflow2_jax.data.images import open_folder
+from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation.emoji_fae import reconstructions, write_fae_report
 from starflow2_jax.evaluation.pictures import grid
 from starflow2_jax.fae_bundle import load_fae, load_vit, save_fae
@@ -54,14 +55,25 @@ def get_config() -> ml_collections.ConfigDict:
     config.vit = group(
         dict(width=384, layers=2, head_dim=64, layer_scale=0.1, most_masked=0.5, seen=4.0)
     )
-    config.fae = group(
+    # 768 numbers in place of 12,288: 2 x 2 tokens of 192, or, as wide as bare patches can be at
+    # this size, 8 x 8 of 12.
+    config.fae = group()
+    config.fae.vit = group(
         dict(
-            # 2 x 2 tokens of 192 numbers: 768 in place of 12,288.
             patch=32,
             channels=192,
             encoder=dict(heads=12, head_dim=64),
             feature_decoder=dict(layers=3, mlp_width=1024, positions="learned"),
             pixel_decoder=dict(layers=2, width=448, heads=7, mlp_width=1024),
+        )
+    )
+    config.fae.patches = group(
+        dict(
+            patch=8,
+            channels=12,
+            encoder=dict(heads=4, head_dim=64),
+            feature_decoder=dict(layers=3, mlp_width=512, positions="learned"),
+            pixel_decoder=dict(layers=2, width=288, heads=4, mlp_width=512),
         )
     )
     # No perceptual network and no critic: what is asked of this FAE is the pixels.
@@ -95,12 +107,11 @@ def _stage(steps: int) -> ml_collections.ConfigDict:
 def smoke(config: ml_collections.ConfigDict) -> None:
     """The same code at tiny sizes, on made pictures."""
     config.emoji = "made"
-    config.fae.patch = 16
     config.vit.update(width=32, layers=1, head_dim=16)
-    config.fae.channels = 4
-    config.fae.encoder.update(heads=2, head_dim=8)
-    config.fae.feature_decoder.update(layers=1, mlp_width=32)
-    config.fae.pixel_decoder.update(layers=1, width=32, heads=2, mlp_width=32)
+    config.fae.vit.update(patch=16, channels=4)
+    config.fae.vit.encoder.update(heads=2, head_dim=8)
+    config.fae.vit.feature_decoder.update(layers=1, mlp_width=32)
+    config.fae.vit.pixel_decoder.update(layers=1, width=64, heads=2, mlp_width=32)
     for stage in [config.vit_stage, *config.stages.values()]:
         stage.batch.rows = 8
         stage.optimizer.update(steps=2, warmup=1)
@@ -124,8 +135,8 @@ def _vit(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> DinoV2Conf
         width=v.width,
         heads=v.width // v.head_dim,
         mlp_width=4 * v.width,
-        patch=config.fae.patch,
-        table_side=SIZE // config.fae.patch,
+        patch=config.fae.vit.patch,
+        table_side=SIZE // config.fae.vit.patch,
         layer_scale=v.layer_scale,
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
@@ -157,7 +168,9 @@ class EmojiFAETask(FAETask):
 
 
 def make_task(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> EmojiFAETask:
-    f, vit = config.fae, None
+    if config.features not in config.fae:
+        raise UserError(f"config.features: {config.features!r} is none of {sorted(config.fae)}")
+    f, vit = config.fae[config.features], None
     side = SIZE // f.patch
     features = 3 * f.patch**2
     if config.features == "vit":
@@ -189,7 +202,7 @@ def make_task(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Emoji
         workdir,
         draw,
         augment=varied,
-        linear_start=not config.smoke,
+        linear_start=True,
     )
 
 
