@@ -88,12 +88,12 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.vit_stage = _stage(steps=400)
     config.stages = group()
-    config.stages.features = _stage(steps=1000)
-    config.stages.pixels = _stage(steps=100)
-    config.stages.fine_tune = _stage(steps=400)
-    config.stages.noisy = _stage(steps=200)
+    config.stages.features = _stage(steps=500)
+    config.stages.pixels = _stage(steps=60)
+    config.stages.fine_tune = _stage(steps=250)
+    config.stages.noisy = _stage(steps=120)
     config.checkpoint = group(dict(every=250, keep_last=1))
-    config.evaluation = group(dict(every=250, batches=2, samples=1000))
+    config.evaluation = group(dict(every=100, batches=2, samples=1000))
     return config
 
 
