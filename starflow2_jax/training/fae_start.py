@@ -23,16 +23,17 @@ _SHARED = 2.0
 _RIDGE = 1e-4
 
 
-def _put(variable: nnx.Variable, value: np.ndarray) -> None:
+def put(variable: nnx.Variable, value: np.ndarray) -> None:
+    """Gives a parameter another value, float32, where the one before it is."""
     place = variable[...].sharding
-    variable[...] = jax.device_put(np.asarray(value, np.float32), place)
+    variable[...] = jax.deviceput(np.asarray(value, np.float32), place)
 
 
 def _silence(decoder: GridDecoder) -> None:
     """Lets the layers of a stack add nothing at first."""
     for layer in (decoder.decoder.layers.attention.out, decoder.decoder.layers.mlp.down):
         for variable in (layer.kernel, layer.bias):
-            _put(variable, np.zeros(variable[...].shape))
+            put(variable, np.zeros(variable[...].shape))
 
 
 def start_linear(fae: FAE, parts: Iterable[tuple[np.ndarray, np.ndarray]], seed: int) -> None:
@@ -103,9 +104,9 @@ def _start_features(fae: FAE, squares: np.ndarray, inner: int) -> None:
         (fae.feature_decoder.proj_in.kernel, (axes * sizes).T),
         (fae.feature_decoder.proj_in.bias, np.zeros(len(axes))),
     ):
-        _put(variable, array)
+        put(variable, array)
     if fae.feature_decoder.positions is not None:
-        _put(fae.feature_decoder.positions, np.zeros(fae.feature_decoder.positions[...].shape))
+        put(fae.feature_decoder.positions, np.zeros(fae.feature_decoder.positions[...].shape))
     _silence(fae.feature_decoder)
 
 
@@ -135,5 +136,5 @@ def _start_pixels(fae: FAE, weights: np.ndarray, mean: np.ndarray, seed: int) ->
         (decoder.head.kernel, content.T @ weights),
         (decoder.head.bias, mean),
     ):
-        _put(variable, array)
+        put(variable, array)
     _silence(decoder.grid)

@@ -23,6 +23,7 @@ from starflow2_jax.data.pipeline import HostBatch
 from starflow2_jax.fae_bundle import save_vit
 from starflow2_jax.models.dinov2 import DinoV2, DinoV2Config
 from starflow2_jax.nn import grid, layers, partition
+from starflow2_jax.training.fae_start import put
 from starflow2_jax.training.images import Images, ImagesTask, image_counts, share
 from starflow2_jax.training.step import StepConfig
 
@@ -51,8 +52,7 @@ def start_from_components(model: MaskedViT, images: np.ndarray, seed: int) -> No
     them where a patch has as many, with deviation 1 in the mean over channels; the rotation gives
     every channel about the same share of it, so that errors of normalised features are errors of
     pixels. Of the other directions N are the positions', and one all patches share, by which the
-    final LayerNorm is nearly linear.
-    The head starts as the inverse.
+    final LayerNorm is nearly linear. The head starts as the inverse.
 
     Args:
         model: has a LayerNorm at the end, and a table of positions as large as the images.
@@ -92,8 +92,7 @@ def start_from_components(model: MaskedViT, images: np.ndarray, seed: int) -> No
         (model.head.kernel, size * whole.T),
         (model.head.bias, mean),
     ):
-        place = variable[...].sharding
-        variable[...] = jax.device_put(np.asarray(value, np.float32), place)
+        put(variable, value)
 
 
 @dataclasses.dataclass(frozen=True)
