@@ -51,9 +51,9 @@ class AttentionSpec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Past:
-    """One layer's cached keys and values [B, M, K, d]; the first length, [B], are real.
+    """One layer's cached keys and values [B, K, M, d]; the first length, [B], are real.
 
-    Or folded, see `cache_fold`: [B, M, K / F, F d].
+    Or folded, see `cache_fold`: [B, K / F, M, F d].
     """
 
     k: jax.Array
@@ -235,11 +235,14 @@ def _attend_by_xla(
         parts = [queries(first, end, end) for first, end in itertools.pairwise(edges)]
         return jnp.concatenate(parts, axis=1)
     own = jnp.where(visible, scores(k), smallest)
-    slots = past.k.shape[1]
+    slots = past.k.shape[2]
     filled = jnp.arange(slots)[None, :] < past.length[:, None]  # [B, M]
-    before = jnp.where(filled[:, None, None, None], scores(past.k.astype(q.dtype)), smallest)
+    product = jnp.einsum(
+        "btkgd,bksd->bkgts", q, past.k.astype(q.dtype), preferred_element_type=wide
+    )
+    before = jnp.where(filled[:, None, None, None], product, smallest)
     weights = jax.nn.softmax(jnp.concatenate([before, own], axis=-1), axis=-1).astype(v.dtype)
-    seen_before = jnp.einsum("bkgts,bskd->btkgd", weights[..., :slots], past.v.astype(v.dtype))
+    seen_before = jnp.einsum("bkgts,bksd->btkgd", weights[..., :slots], past.v.astype(v.dtype))
     return seen_before + jnp.einsum("bkgts,bskd->btkgd", weights[..., slots:], v)
 
 

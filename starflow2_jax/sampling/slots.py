@@ -43,8 +43,8 @@ def _placed(tree: Any) -> Any:
     def one(path: tuple, leaf: jax.Array) -> jax.Array:
         if any(getattr(key, "name", None) == "prefix" for key in path) or not leaf.ndim:
             return leaf
-        if leaf.ndim == 5:  # keys and values [L, R, M, K, d]
-            return partition.constrain(leaf, (None, "batch", None, "heads", None))
+        if leaf.ndim == 5:  # keys and values [L, R, K, M, d]
+            return partition.constrain(leaf, (None, "batch", "heads", None, None))
         return partition.constrain(leaf, ("batch", *(None,) * (leaf.ndim - 1)))
 
     return jax.tree_util.tree_map_with_path(one, tree)
