@@ -94,6 +94,25 @@ def pieces() -> dict[str, tuple[Callable, tuple]]:
     }
 
 
+def products(vectors: int) -> tuple[float, float]:
+    """Seconds of x W and of `product_by_rows` with 12 matrices that no cache holds together."""
+    draw = np.random.default_rng(0).normal
+    kernels = [jnp.asarray(draw(size=(768, 4096)), jnp.float32) for _ in range(12)]
+    x = jnp.asarray(draw(size=(vectors, 768)), jnp.float32)
+
+    def chain(product: Callable) -> Callable:
+        def through(x: jax.Array, kernels: list[jax.Array]) -> jax.Array:
+            for kernel in kernels:
+                x = product(x, kernel)[:, : x.shape[1]] / kernel.size
+            return x
+
+        return through
+
+    plain, _ = cpu_time(chain(jnp.matmul), x, kernels)
+    by_rows, _ = cpu_time(chain(layers.product_by_rows), x, [kernel.T.copy() for kernel in kernels])
+    return plain, by_rows
+
+
 def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -117,6 +136,11 @@ def main() -> None:
         seconds, faults = cpu_time(function, *arguments)
         whole = whole or seconds
         add(name, seconds, page_faults=faults, share=seconds / whole)
+
+    for vectors in (1, 2, 4, 8, 16, 32):
+        plain, by_rows = products(vectors)
+        name = f"product with {vectors} vectors, by rows"
+        add(name, by_rows, peer=plain, ratio=by_rows / plain)
 
     block = AFBlock(BlockConfig(4, WIDTH, WIDTH // HEADS, 4), rngs=nnx.Rngs(0))
     z = jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, LENGTH, 4)), jnp.float32)

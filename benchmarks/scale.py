@@ -2,9 +2,10 @@
 
     python benchmarks/scale.py --json scale.json --gpu-python .venv-gpu/bin/python
 
-Nothing runs on an accelerator: this compiles, about a minute for each row on two idle cores. Rows
-that the JSON file has already are not planned again. GPU rows need an environment with the extra
-`gpu-plan`, whose Python is given.
+Nothing runs on an accelerator: this compiles, about a minute for each row on two idle cores. Each
+row is written as soon as it is there, and rows that the JSON file has already are not planned again;
+`--only TEXT` plans just those whose command holds the text. GPU rows need an environment with the
+extra `gpu-plan`, whose Python is given.
 """
 
 import argparse
@@ -118,13 +119,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=pathlib.Path, required=True)
     parser.add_argument("--gpu-python", default="")
+    parser.add_argument("--only", metavar="TEXT", default="", help="rows whose command holds it")
     args = parser.parse_args()
     rows = json.loads(args.json.read_text()) if args.json.is_file() else []
     known = {row["name"]: row for row in rows}
     for arguments in commands():
         name = " ".join(arguments)
         gpu = "h100" in name
-        if name in known or (gpu and not args.gpu_python):
+        if name in known or args.only not in name or (gpu and not args.gpu_python):
             continue
         plan = planned(args.gpu_python if gpu else sys.executable, arguments)
         seconds = plan["step_seconds_bound"]

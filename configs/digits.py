@@ -15,10 +15,8 @@ from starflow2_jax.bundle import Bundle
 from starflow2_jax.data.digits import DigitsData
 from starflow2_jax.evaluation.digits import ReportConfig, draw_fixed_prompts, write_report
 from starflow2_jax.model import Model, load
-from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.pretzel import PretzelConfig
-from starflow2_jax.models.qwen2_5_vl import LanguageModelConfig
-from starflow2_jax.training.pretzel import PretzelTask
+from starflow2_jax.training.pretzel import PretzelTask, small_config
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -148,34 +146,7 @@ def make_data(config: ml_collections.ConfigDict) -> DigitsData:
 
 
 def make_model_config(config: ml_collections.ConfigDict, data: DigitsData) -> PretzelConfig:
-    lm, flow = config.language_model, config.flow
-    heads = lm.width // lm.head_dim
-    return PretzelConfig(
-        vlm=LanguageModelConfig(
-            vocab_size=data.tokenizer.vocab_size,
-            width=lm.width,
-            layers=lm.layers,
-            heads=heads,
-            kv_heads=max(1, heads // 2),
-            head_dim=lm.head_dim,
-            mlp_width=lm.mlp_width,
-            tied=True,
-            remat="full",
-        ),
-        flow=FlowConfig(
-            channels=28 * 28 // data.image.side**2,
-            side=data.image.side,
-            width=flow.width,
-            head_dim=flow.head_dim,
-            deep_layers=flow.deep_layers,
-            shallow_layers=tuple(flow.shallow_layers),
-            shallow_orders=("keep", "flip"),
-            # Recomputing is cheaper than the memory traffic of keeping, on CPU.
-            remat="full",
-        ),
-        special=data.tokenizer.special,
-        dtype="float32",
-    )
+    return small_config(config, data, channels=28 * 28 // data.image.side**2)
 
 
 def make_task(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> PretzelTask:

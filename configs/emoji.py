@@ -37,10 +37,7 @@ from starflow2_jax.models.fae import (
     PixelDecoderConfig,
 )
 from starflow2_jax.models.fae_codec import FAECodec
-from starflow2_jax.models.flow import FlowConfig
-from starflow2_jax.models.pretzel import PretzelConfig
-from starflow2_jax.models.qwen2_5_vl import LanguageModelConfig
-from starflow2_jax.training.pretzel import PretzelTask
+from starflow2_jax.training.pretzel import PretzelTask, small_config
 
 SPLITS = ("train", "tune")
 
@@ -58,27 +55,27 @@ def get_config() -> ml_collections.ConfigDict:
     config.fae = "runs/fae_emoji"
     config.noise_std = 0.3
     config.language_model = group(dict(width=128, layers=3, head_dim=32, mlp_width=384))
-    config.flow = group(dict(width=192, head_dim=32, deep_layers=4, shallow_layers=(2, 2)))
+    config.flow = group(dict(width=192, head_dim=32, deep_layers=3, shallow_layers=(2, 2)))
     config.stages = group()
     config.stages.pretrain_lm = _stage(
-        dict(rows=32, length=96, images=4),
+        dict(rows=16, length=96, images=6),
         dict(draw=2.0, nothing=0.3, category=2.0, tone=1.0),
-        dict(steps=400, learning_rate=3e-3, warmup=30),
+        dict(steps=150, learning_rate=3e-3, warmup=20),
     )
     config.stages.text_to_image = _stage(
-        dict(rows=64, length=48, images=1),
+        dict(rows=32, length=26, images=1),
         dict(draw=9.0, nothing=1.0),
-        dict(steps=1500, learning_rate=2e-3, warmup=50, weight_decay=0.1),
+        dict(steps=800, learning_rate=2e-3, warmup=50, weight_decay=0.1),
     )
     config.stages.image_to_text = _stage(
-        dict(rows=32, length=96, images=4),
+        dict(rows=16, length=96, images=6),
         dict(category=1.0),
-        dict(steps=200, learning_rate=3e-3, warmup=20),
+        dict(steps=100, learning_rate=3e-3, warmup=20),
     )
     config.stages.joint = _stage(
-        dict(rows=16, length=96, images=4),
+        dict(rows=16, length=96, images=6),
         dict(draw=4.0, nothing=0.5, category=1.0, tone=2.0),
-        dict(steps=800, learning_rate=8e-4, warmup=50, weight_decay=0.1),
+        dict(steps=350, learning_rate=8e-4, warmup=50, weight_decay=0.1),
     )
     config.checkpoint = group(dict(every=250, keep_last=1))
     config.evaluation = group(dict(every=250, batches=2, samples=500))
@@ -161,33 +158,7 @@ def make_task(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Pretz
         codec=FAECodec(load_fae(fae), shape, noise_std=config.noise_std),
         mixtures={name: stage.mixture.to_dict() for name, stage in config.stages.items()},
     )
-    lm, flow = config.language_model, config.flow
-    heads = lm.width // lm.head_dim
-    model = PretzelConfig(
-        vlm=LanguageModelConfig(
-            vocab_size=data.tokenizer.vocab_size,
-            width=lm.width,
-            layers=lm.layers,
-            heads=heads,
-            kv_heads=max(1, heads // 2),
-            head_dim=lm.head_dim,
-            mlp_width=lm.mlp_width,
-            tied=True,
-            remat="full",
-        ),
-        flow=FlowConfig(
-            channels=fae_config.channels,
-            side=fae_config.side,
-            width=flow.width,
-            head_dim=flow.head_dim,
-            deep_layers=flow.deep_layers,
-            shallow_layers=tuple(flow.shallow_layers),
-            shallow_orders=("keep", "flip"),
-            remat="full",
-        ),
-        special=data.tokenizer.special,
-        dtype="float32",
-    )
+    model = small_config(config, data, fae_config.channels)
     return PretzelTask(config, data, model, draw_samples)
 
 

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from starflow2_jax.data.emoji import varied
 from starflow2_jax.data.emoji_archive import SIZE, load_pictures, read_manifest, write_made
 from starflow2_jax.data.images import open_folder
+from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation.emoji_fae import reconstructions, write_fae_report
 from starflow2_jax.evaluation.pictures import grid
 from starflow2_jax.fae_bundle import load_fae, load_vit, save_fae
@@ -51,15 +52,28 @@ def get_config() -> ml_collections.ConfigDict:
     config.log_seconds = 10.0
     config.emoji = "data/emoji"
     config.features = "vit"
-    config.vit = group(dict(width=192, layers=4, head_dim=64, most_masked=0.5, seen=1.0))
-    config.fae = group(
+    config.vit = group(
+        dict(width=384, layers=2, head_dim=64, layer_scale=0.1, most_masked=0.5, seen=4.0)
+    )
+    # 768 numbers in place of 12,288: 2 x 2 tokens of 192, or, as wide as bare patches can be at
+    # this size, 8 x 8 of 12.
+    config.fae = group()
+    config.fae.vit = group(
         dict(
-            # 4 x 4 tokens of 48 numbers: 768 in place of 12,288.
-            patch=16,
-            channels=48,
-            encoder=dict(heads=6, head_dim=64),
-            feature_decoder=dict(layers=3, mlp_width=512),
-            pixel_decoder=dict(layers=4, width=256, heads=4, mlp_width=704),
+            patch=32,
+            channels=192,
+            encoder=dict(heads=12, head_dim=64),
+            feature_decoder=dict(layers=3, mlp_width=1024, positions="learned"),
+            pixel_decoder=dict(layers=2, width=448, heads=7, mlp_width=1024),
+        )
+    )
+    config.fae.patches = group(
+        dict(
+            patch=8,
+            channels=12,
+            encoder=dict(heads=4, head_dim=64),
+            feature_decoder=dict(layers=3, mlp_width=512, positions="learned"),
+            pixel_decoder=dict(layers=2, width=288, heads=4, mlp_width=512),
         )
     )
     # No perceptual network and no critic: what is asked of this FAE is the pixels.
@@ -72,32 +86,32 @@ def get_config() -> ml_collections.ConfigDict:
             noisy=dict(noise=0.3, weights=plain),
         )
     )
-    config.vit_stage = _stage(steps=3000)
+    config.vit_stage = _stage(steps=400)
     config.stages = group()
-    config.stages.features = _stage(steps=3000)
-    config.stages.pixels = _stage(steps=2000)
-    config.stages.fine_tune = _stage(steps=3000)
-    config.stages.noisy = _stage(steps=1000)
+    config.stages.features = _stage(steps=500)
+    config.stages.pixels = _stage(steps=60)
+    config.stages.fine_tune = _stage(steps=250)
+    config.stages.noisy = _stage(steps=120)
     config.checkpoint = group(dict(every=250, keep_last=1))
-    config.evaluation = group(dict(every=250, batches=2, samples=1000))
+    config.evaluation = group(dict(every=100, batches=2, samples=1000))
     return config
 
 
 def _stage(steps: int) -> ml_collections.ConfigDict:
     optimizer = dict(
-        steps=steps, learning_rate=1e-3, warmup=50, beta2=0.99, weight_decay=1e-4, ema=0.99
+        steps=steps, learning_rate=5e-4, warmup=50, beta2=0.99, weight_decay=1e-4, ema=0.99
     )
-    return ml_collections.ConfigDict(dict(batch=dict(rows=32), optimizer=optimizer))
+    return ml_collections.ConfigDict(dict(batch=dict(rows=64), optimizer=optimizer))
 
 
 def smoke(config: ml_collections.ConfigDict) -> None:
     """The same code at tiny sizes, on made pictures."""
     config.emoji = "made"
     config.vit.update(width=32, layers=1, head_dim=16)
-    config.fae.channels = 4
-    config.fae.encoder.update(heads=2, head_dim=8)
-    config.fae.feature_decoder.update(layers=1, mlp_width=32)
-    config.fae.pixel_decoder.update(layers=1, width=32, heads=2, mlp_width=32)
+    config.fae.vit.update(patch=16, channels=4)
+    config.fae.vit.encoder.update(heads=2, head_dim=8)
+    config.fae.vit.feature_decoder.update(layers=1, mlp_width=32)
+    config.fae.vit.pixel_decoder.update(layers=1, width=64, heads=2, mlp_width=32)
     for stage in [config.vit_stage, *config.stages.values()]:
         stage.batch.rows = 8
         stage.optimizer.update(steps=2, warmup=1)
@@ -121,15 +135,16 @@ def _vit(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> DinoV2Conf
         width=v.width,
         heads=v.width // v.head_dim,
         mlp_width=4 * v.width,
-        patch=config.fae.patch,
-        table_side=SIZE // config.fae.patch,
+        patch=config.fae.vit.patch,
+        table_side=SIZE // config.fae.vit.patch,
+        layer_scale=v.layer_scale,
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
     )
     own = ml_collections.ConfigDict({**config.to_dict(), "stages": {"vit": config.vit_stage}})
     train, held_out = _folders(config, workdir)
     loss = MaskedLoss(model.table_side**2, most_masked=v.most_masked, seen=v.seen)
-    task = MaskedViTTask(own, model, train, held_out, loss, varied)
+    task = MaskedViTTask(own, model, train, held_out, loss, varied, start_images=2000)
     (workdir / "vit").mkdir(exist_ok=True)
     loop.run(own, types.SimpleNamespace(make_task=lambda *_: task), workdir / "vit")
     return model
@@ -153,7 +168,9 @@ class EmojiFAETask(FAETask):
 
 
 def make_task(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> EmojiFAETask:
-    f, vit = config.fae, None
+    if config.features not in config.fae:
+        raise UserError(f"config.features: {config.features!r} is none of {sorted(config.fae)}")
+    f, vit = config.fae[config.features], None
     side = SIZE // f.patch
     features = 3 * f.patch**2
     if config.features == "vit":
@@ -167,7 +184,7 @@ def make_task(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Emoji
         feature_decoder=FeatureDecoderConfig(
             **f.feature_decoder,
             heads=max(1, features // 64),
-            final_norm="none" if vit is None else "rms",
+            final_norm="none",
         ),
         pixel_decoder=PixelDecoderConfig(**f.pixel_decoder, patch=f.patch),
     )
@@ -175,7 +192,18 @@ def make_task(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Emoji
     stages = stages_of(config.fae_stages.to_dict(), side**2)
     some = held_out.batch(range(0, len(held_out), max(1, len(held_out) // 12)))["images"]
     draw = functools.partial(draw_samples, some)
-    return EmojiFAETask(config, model, stages, vit, train, held_out, workdir, draw, augment=varied)
+    return EmojiFAETask(
+        config,
+        model,
+        stages,
+        vit,
+        train,
+        held_out,
+        workdir,
+        draw,
+        augment=varied,
+        linear_start=True,
+    )
 
 
 def draw_samples(images: np.ndarray, model: FeatureFAE, folder: pathlib.Path, name: str) -> None:

@@ -7,6 +7,7 @@ it needs on each topology: docs/scale.md.
 """
 
 import dataclasses
+import math
 import pathlib
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import ml_collections
 
 from starflow2_jax.data.batches import Documents
 from starflow2_jax.data.made import MadeData
+from starflow2_jax.data.sequences import ImageShape
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.latents import LatentCodec
@@ -142,10 +144,12 @@ class Unread:
     """Latents of which only the shapes are known: what `starflow2 plan` needs of the data."""
 
     tokenizer = None
-    image = None
 
     def __init__(self, codec: LatentCodec) -> None:
         self.codec = codec
+        tokens, moments = codec.shape
+        side = math.isqrt(tokens)
+        self.image = ImageShape(16 * side, 16 * side, 3, side, moments)
 
     def documents(self, stage: str, held_out: bool, seed: int) -> Documents:
         """There are none.

@@ -5,10 +5,11 @@ import os
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs here are tiny: they take far longer to compile than to run. The code that fusions get on
-# CPU is the slowest part of it; newer compilers have no other, and refuse the flag.
+# CPU is the slowest part of it; newer compilers have no other, and refuse the flag. Of the pass
+# that is left out, see `parallel/cpu.py`.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0"
+    "--xla_backend_optimization_level=0 --xla_disable_hlo_passes=all-reduce-promotion"
     + " --xla_cpu_use_fusion_emitters=false"
     * importlib.metadata.version("jaxlib").startswith("0.10."),
 )

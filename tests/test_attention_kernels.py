@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from starflow2_jax.nn import attention, attention_kernels
+from starflow2_jax.nn import attention, attention_kernels, partition
 from starflow2_jax.nn.attention import AttentionSpec, Past
 
 
@@ -64,9 +64,10 @@ def test_a_folded_cache_gives_what_the_plain_one_does():
     _, past_k, past_v = queries_keys_values(rows, slots, kv_heads, 1, d, seed=1)
     length = jnp.asarray([5, 0, 12], jnp.int32)
     fold = 2
-    wide = lambda a: a.reshape(rows, slots, kv_heads // fold, fold * d)
+    narrow = lambda a: a.swapaxes(1, 2)
+    wide = lambda a: a.reshape(rows, slots, kv_heads // fold, fold * d).swapaxes(1, 2)
     spec = AttentionSpec(lengths=jnp.asarray([2, 1, 2], jnp.int32))
-    plain = attention.attend(q, k, v, spec, Past(past_k, past_v, length))
+    plain = attention.attend(q, k, v, spec, Past(narrow(past_k), narrow(past_v), length))
     ours = attention.attend(q, k, v, spec, Past(wide(past_k), wide(past_v), length))
     tiny.close(ours, plain, 1e-5)
 
@@ -98,5 +99,5 @@ def test_offsets_of_packed_rows():
 
 
 def test_the_platform_is_that_of_the_mesh():
-    assert attention._platform() == jax.default_backend() == "cpu"
+    assert partition.platform() == jax.default_backend() == "cpu"
     assert attention.cache_fold(4, 64) == 1

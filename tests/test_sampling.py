@@ -360,8 +360,8 @@ def test_full_size_shapes():
         settings = row_settings(3)
         prefill = functools.partial(step.prefill, slots=1024, images=2, record=True)
         state = jax.eval_shape(prefill, model, prompt, settings, unconditional=ints(20))
-        assert state.caches["deep"]["k"].shape == (24, 6, 1024, 48, 64)
-        assert state.caches["vlm"]["k"].shape == (28, 6, 1024, 4, 128)
+        assert state.caches["deep"]["k"].shape == (24, 6, 48, 1024, 64)
+        assert state.caches["vlm"]["k"].shape == (28, 6, 4, 1024, 128)
         after = jax.eval_shape(step.step, model, state, settings)
         shapes = lambda tree: [(a.shape, a.dtype) for a in jax.tree.leaves(tree)]
         assert shapes(after) == shapes(state)

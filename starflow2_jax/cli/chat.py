@@ -86,8 +86,13 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: bad input; see `vlm`.
     """
-    from starflow2_jax.bundle import is_bundle
+    import jax
 
+    from starflow2_jax.bundle import is_bundle
+    from starflow2_jax.parallel.cpu import keep_freed_memory
+
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     if is_bundle(pathlib.Path(args.model)):
         _with_images(args)
     else:

@@ -10,12 +10,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Literal
 
-import grain
 import numpy as np
 
 from starflow2_jax.data.batches import Documents
 from starflow2_jax.data.images import write_folder
-from starflow2_jax.data.packing import features
+from starflow2_jax.data.mixture import random_documents
 from starflow2_jax.data.sequences import Document, ImageShape, Turn, Words, encode_turns
 from starflow2_jax.data.tokenizer import Tokenizer, train_tokenizer
 from starflow2_jax.models.patches import fit_patch_codec
@@ -225,17 +224,8 @@ class Conversations:
 
     def stream(self, mixture: Mapping[Task, float], in_words: bool, seed: int) -> Documents:
         """An endless stream of packable documents; document i depends on seed and i alone."""
-        tasks = sorted(mixture)
-        shares = np.array([mixture[t] for t in tasks], np.float64)
-        shares /= shares.sum()
-
-        def make(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-            del index
-            task = tasks[rng.choice(len(tasks), p=shares)]
-            return features(self.document(task, rng, in_words), rng)
-
-        dataset = grain.MapDataset.range(2**31).seed(seed).random_map(make)
-        return Documents(dataset, ahead=128)
+        make = lambda task, rng: self.document(task, rng, in_words)
+        return random_documents(mixture, make, seed)
 
 
 class DigitsData:

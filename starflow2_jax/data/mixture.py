@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import grain
 import numpy as np
@@ -10,12 +11,14 @@ import numpy as np
 from starflow2_jax.data.batches import Documents
 from starflow2_jax.data.decoding import decode
 from starflow2_jax.data.packing import features
-from starflow2_jax.data.sequences import ImageShape, Turn, encode_turns
+from starflow2_jax.data.sequences import Document, ImageShape, Turn, encode_turns
 from starflow2_jax.data.sources.record import RecordError, Source
 from starflow2_jax.data.tasks import Task
 from starflow2_jax.data.tokenizer import Tokenizer
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.codec import Codec
+
+Name = TypeVar("Name", bound=str)
 
 _BLOCK = 10_000
 """Draws in which the weights hold exactly; they are multiples of one in so many."""
@@ -263,3 +266,30 @@ class MixtureData:
             workers=self._workers,
             most_corrupt=self._most_corrupt,
         )
+
+
+def random_documents(
+    mixture: Mapping[Name, float],
+    make: Callable[[Name, np.random.Generator], Document],
+    seed: int,
+) -> Documents:
+    """An endless stream of made documents, of kinds that are drawn by weight.
+
+    Document i depends on seed and i alone.
+
+    Args:
+        mixture: weight of each kind.
+        make: makes a random document of a kind.
+        seed: of the stream.
+    """
+    kinds = sorted(mixture)
+    shares = np.array([mixture[kind] for kind in kinds], np.float64)
+    shares /= shares.sum()
+
+    def document(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        del index
+        kind = kinds[rng.choice(len(kinds), p=shares)]
+        return features(make(kind, rng), rng)
+
+    dataset = grain.MapDataset.range(2**31).seed(seed).random_map(document)
+    return Documents(dataset, ahead=128)

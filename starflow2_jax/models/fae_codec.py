@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from starflow2_jax.models.fae import FeatureFAE
+from starflow2_jax.models.latents import posterior_draws
 
 
 @jax.tree_util.register_dataclass
@@ -61,15 +62,7 @@ class FAECodec:
             posterior = fae.posterior(images.astype(jnp.float32))
         else:
             posterior = self.model.encode(images, jnp.dtype(self.dtype))
-        base = jax.random.key(seed)
-        shape = posterior.mean.shape[1:]
-
-        def draw(image_seed: jax.Array) -> tuple[jax.Array, jax.Array]:
-            sample, noise = jax.random.split(jax.random.fold_in(base, image_seed))
-            return jax.random.normal(sample, shape), jax.random.normal(noise, shape)
-
-        normal, noise = jax.vmap(draw)(jnp.asarray(image_seeds))
-        z = posterior.mean if reading else posterior.sample(normal)
+        z, noise = posterior_draws(posterior.mean, posterior.logvar, seed, image_seeds, reading)
         return fae.latents.normalise(z) + jnp.hypot(self.noise_std, noise_std) * noise
 
     def decode(self, x: jax.Array) -> jax.Array:

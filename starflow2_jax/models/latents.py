@@ -10,6 +10,34 @@ import jax
 import jax.numpy as jnp
 
 
+def posterior_draws(
+    mean: jax.Array,
+    logvar: jax.Array,
+    seed: jax.Array | int,
+    image_seeds: jax.Array,
+    reading: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """A latent of each image and a noise for it, the same whatever batch they are in.
+
+    Args:
+        mean, logvar: float32 [B, N, C], of the posterior.
+        seed: of the run, or of one draw; scalar.
+        image_seeds: uint32 [B].
+        reading: the posterior's mean in place of a sample.
+
+    Returns:
+        z and standard normals, [B, N, C] each.
+    """
+    base, shape = jax.random.key(seed), mean.shape[1:]
+
+    def draw(image_seed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        sample, noise = jax.random.split(jax.random.fold_in(base, image_seed))
+        return jax.random.normal(sample, shape), jax.random.normal(noise, shape)
+
+    normal, noise = jax.vmap(draw)(jnp.asarray(image_seeds))
+    return mean if reading else mean + jnp.exp(0.5 * logvar) * normal, noise
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LatentCodec:
@@ -41,14 +69,7 @@ class LatentCodec:
     ) -> jax.Array:
         """See `codec.Codec`; images are [B, N, 2 C], and `reading` takes the posterior's mean."""
         mean, log_variance = jnp.split(images.astype(jnp.float32), 2, axis=-1)
-        base, shape = jax.random.key(seed), mean.shape[1:]
-
-        def draw(image_seed: jax.Array) -> tuple[jax.Array, jax.Array]:
-            sample, noise = jax.random.split(jax.random.fold_in(base, image_seed))
-            return jax.random.normal(sample, shape), jax.random.normal(noise, shape)
-
-        normal, noise = jax.vmap(draw)(jnp.asarray(image_seeds))
-        z = mean if reading else mean + jnp.exp(0.5 * log_variance) * normal
+        z, noise = posterior_draws(mean, log_variance, seed, image_seeds, reading)
         return (z - self.mean) / self.std + jnp.hypot(self.noise_std, noise_std) * noise
 
     def bits_per_dim(self, log_prob: jax.Array) -> jax.Array:

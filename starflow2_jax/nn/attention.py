@@ -14,9 +14,10 @@ from starflow2_jax.nn import attention_kernels, partition
 from starflow2_jax.nn.layers import at_least_float32
 
 # Causal attention of at least this many positions is done for parts of the queries, each with the
-# keys up to its end.
+# keys up to its end: parts of so many queries, but so few and so many of them.
 CAUSAL_SIZE = 64
-CAUSAL_PARTS = 4
+CAUSAL_PART = 64
+CAUSAL_PARTS = (4, 8)
 # On an accelerator, attention of at least this many positions is its own kernel's.
 KERNEL_SIZE = 128
 TPU_LANES = 128
@@ -50,9 +51,9 @@ class AttentionSpec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Past:
-    """One layer's cached keys and values [B, M, K, d]; the first length, [B], are real.
+    """One layer's cached keys and values [B, K, M, d]; the first length, [B], are real.
 
-    Or folded, see `cache_fold`: [B, M, K / F, F d].
+    Or folded, see `cache_fold`: [B, K / F, M, F d].
     """
 
     k: jax.Array
@@ -109,7 +110,7 @@ def cache_fold(kv_heads: int, head_dim: int) -> int:
     Narrow heads would take twice the memory, and twice the time to read.
     """
     fold = TPU_LANES // head_dim if TPU_LANES % head_dim == 0 else 1
-    return fold if _platform() == "tpu" and kv_heads % fold == 0 else 1
+    return fold if partition.platform() == "tpu" and kv_heads % fold == 0 else 1
 
 
 def _folded(
@@ -180,7 +181,7 @@ def attend(
         raise ValueError("a cached row is one segment: pass lengths, not segments, with a cache")
     rows, size = q.shape[:2]
     if past is None and size >= KERNEL_SIZE:
-        platform = _platform()
+        platform = partition.platform()
         if platform == "tpu":
             return _attend_by_splash(q, k, v, spec)
         if platform == "cuda":
@@ -228,23 +229,21 @@ def _attend_by_xla(
         if not spec.causal or size < CAUSAL_SIZE or partition.axis_extent("length") > 1:
             return queries(0, size, size)
         # A part of the queries needs no key behind it: with four parts, 5/8 of the work.
-        edges = [size * part // CAUSAL_PARTS for part in range(CAUSAL_PARTS + 1)]
+        least, most = CAUSAL_PARTS
+        count = min(max(size // CAUSAL_PART, least), most)
+        edges = [size * part // count for part in range(count + 1)]
         parts = [queries(first, end, end) for first, end in itertools.pairwise(edges)]
         return jnp.concatenate(parts, axis=1)
     own = jnp.where(visible, scores(k), smallest)
-    slots = past.k.shape[1]
+    slots = past.k.shape[2]
     filled = jnp.arange(slots)[None, :] < past.length[:, None]  # [B, M]
-    before = jnp.where(filled[:, None, None, None], scores(past.k.astype(q.dtype)), smallest)
+    product = jnp.einsum(
+        "btkgd,bksd->bkgts", q, past.k.astype(q.dtype), preferred_element_type=wide
+    )
+    before = jnp.where(filled[:, None, None, None], product, smallest)
     weights = jax.nn.softmax(jnp.concatenate([before, own], axis=-1), axis=-1).astype(v.dtype)
-    seen_before = jnp.einsum("bkgts,bskd->btkgd", weights[..., :slots], past.v.astype(v.dtype))
+    seen_before = jnp.einsum("bkgts,bksd->btkgd", weights[..., :slots], past.v.astype(v.dtype))
     return seen_before + jnp.einsum("bkgts,bskd->btkgd", weights[..., slots:], v)
-
-
-def _platform() -> str:
-    """Of the mesh in context, which may be of devices that are not here; or of this process."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    return "cuda" if platform == "gpu" else platform
 
 
 def _attend_by_splash(

@@ -200,15 +200,25 @@ class DecoderLayer(nnx.Module):
         return partition.constrain(x, ("batch", "length", "embed_activation")), kv
 
 
+def _by_rows(layer: DecoderLayer) -> DecoderLayer:
+    for part in (layer.attention, layer.mlp):
+        for name, child in list(vars(part).items()):
+            if isinstance(child, layers.Linear):
+                setattr(part, name, layers.LinearByRows(child))
+    return layer
+
+
 def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """A cache of `slots` positions: k, v [L, B, M, K, d] and length int32 [B].
+    """A cache of `slots` positions: k, v [L, B, K, M, d] and length int32 [B].
+
+    The order in which attention's products read it: in another, TPUs copy a layer's slots first.
 
     One of no slots is the start of a prompt: the call it is given to attends to nothing but its own
     T positions, and returns a cache of T slots. On TPUs, narrow heads are folded: see
     `attention.cache_fold`.
     """
     fold = attention.cache_fold(config.kv_heads, config.head_dim)
-    shape = (config.layers, rows, slots, config.kv_heads // fold, config.head_dim * fold)
+    shape = (config.layers, rows, config.kv_heads // fold, slots, config.head_dim * fold)
     return {
         "k": jnp.zeros(shape, dtype),
         "v": jnp.zeros(shape, dtype),
@@ -222,9 +232,10 @@ def _append(cache: Cache, k: jax.Array, v: jax.Array, lengths: jax.Array | None)
     A write beyond the last slot is dropped as well: callers refuse rows that outgrow their cache.
     """
     rows, size = k.shape[1], k.shape[2]
-    slots = cache["k"].shape[2]
+    slots = slots_of(cache)
     taken = jnp.full((rows,), size, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
-    k, v = (new.reshape(*new.shape[:3], *cache["k"].shape[3:]) for new in (k, v))
+    heads, width = cache["k"].shape[2], cache["k"].shape[4]  # folded, maybe
+    k, v = (new.reshape(*new.shape[:3], heads, width).swapaxes(2, 3) for new in (k, v))
     if not slots:
         dtype = cache["k"].dtype
         return {"k": k.astype(dtype), "v": v.astype(dtype), "length": taken}
@@ -232,10 +243,13 @@ def _append(cache: Cache, k: jax.Array, v: jax.Array, lengths: jax.Array | None)
     slot = jnp.where(
         offset[None] < taken[:, None], cache["length"][:, None] + offset[None], slots
     )  # [B, T]
-    row = jnp.arange(rows)[:, None]
+    layer, row, head = jnp.ogrid[: len(k), :rows, :heads]
+    # Every index is given, even where it is all of an axis: TPUs would store a piece that spans
+    # other axes than the last with these innermost, and copy the whole cache to read it.
+    place = (layer[..., None], row[..., None], head[..., None], slot[None, :, None])
 
     def write(store: jax.Array, new: jax.Array) -> jax.Array:
-        return store.at[:, row, slot].set(new.astype(store.dtype), mode="drop")
+        return store.at[place].set(new.astype(store.dtype), mode="drop")
 
     return {
         "k": write(cache["k"], k),
@@ -246,13 +260,13 @@ def _append(cache: Cache, k: jax.Array, v: jax.Array, lengths: jax.Array | None)
 
 def slots_of(cache: Cache) -> int:
     """M, of a cache of either form."""
-    return cache["k"][0].shape[3] if isinstance(cache["k"], tuple) else cache["k"].shape[2]
+    return (cache["k"][0] if isinstance(cache["k"], tuple) else cache["k"]).shape[3]
 
 
 def with_slots(cache: Cache, slots: int) -> Cache:
     """The cache, grown to `slots` slots per row."""
-    more = max(0, slots - cache["k"].shape[2])
-    grow = lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0)))
+    more = max(0, slots - slots_of(cache))
+    grow = lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, more), (0, 0)))
     return {"k": grow(cache["k"]), "v": grow(cache["v"]), "length": cache["length"]}
 
 
@@ -276,9 +290,12 @@ def apart(cache: Cache, slots: int, head_dim: int) -> Cache:
 
     k, v = cache["k"], cache["v"]
     if not isinstance(k, tuple):
-        single = lambda a: a.reshape(*a.shape[:3], -1, head_dim)
-        k = tuple(single(k).transpose(0, 1, 3, 4, 2))
-        v = tuple(single(v).transpose(0, 1, 3, 2, 4))
+
+        def single(a: jax.Array) -> jax.Array:
+            a = a.reshape(*a.shape[:4], -1, head_dim).swapaxes(3, 4)
+            return a.reshape(*a.shape[:2], -1, *a.shape[4:])  # [L, B, K, M, d]
+
+        k, v = tuple(single(k).swapaxes(3, 4)), tuple(single(v))
     return {
         "k": tuple(resized(store, 3) for store in k),
         "v": tuple(resized(store, 2) for store in v),
@@ -324,11 +341,16 @@ class Decoder(nnx.Module):
         """The same stack, its layers one after another in place of a scan; not to be trained.
 
         A scan copies each layer's weights before it uses them, in every step of a sampler. Taken
-        out of the stack before the sampler's loop they are read where they lie.
+        out of the stack before the sampler's loop they are read where they lie; on CPU they are
+        laid out for products with few vectors, too.
         """
         graphdef, state = nnx.split(self)
         stack = nnx.merge(graphdef, state)
-        layer = lambda n: jax.tree.map(lambda leaf: leaf[n], self.layers)
+
+        def layer(n: int) -> DecoderLayer:
+            apart = jax.tree.map(lambda leaf: leaf[n], self.layers)
+            return _by_rows(apart) if partition.platform() == "cpu" else apart
+
         stack.layers = nnx.List([layer(n) for n in range(self.config.layers)])
         return stack
 
@@ -391,7 +413,7 @@ class Decoder(nnx.Module):
 
         def body(x: jax.Array, layer_and_past: tuple) -> tuple:
             layer, k, v, whole = layer_and_past
-            fresh = cache is None or (not in_place and not cache["k"].shape[2])
+            fresh = cache is None or (not in_place and not slots_of(cache))
             form = attention.Slots if in_place else attention.Past
             past = None if fresh else form(k, v, cache["length"])
             here = spec

@@ -19,6 +19,9 @@ from starflow2_jax.nn import partition
 MLP_PRODUCTS = ("up", "gate")
 """Names of the MLPs' first products, for rematerialisation policies."""
 
+FEW_VECTORS = 32
+"""Of so many at most `product_by_rows` is faster on CPU as one of batches."""
+
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
 
@@ -93,6 +96,49 @@ class Linear(nnx.Module):
         if self.bias is None:
             return y
         return y + partition.gathered(self.bias[...], self.logical[1:], x.dtype)
+
+
+def product_by_rows(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """x W^T of a kernel that is stored by rows, fast on CPU where x has few vectors.
+
+    For a few vectors the CPU's product of two matrices first copies all of the kernel; that of two
+    batches of matrices reads it once. (`docs/performance.md` has the timings.)
+
+    Args:
+        x: [..., D].
+        kernel: [F, D], cast to x's dtype.
+        dtype: of the result; default x's.
+
+    Returns:
+        [..., F].
+    """
+    features, width = kernel.shape
+    flat, kernel = x.reshape(-1, width), kernel.astype(x.dtype)
+    if len(flat) > FEW_VECTORS:
+        y = jnp.einsum("rd,fd->rf", flat, kernel, preferred_element_type=dtype)
+    else:
+        parts = 2 if features % 2 == 0 else 1  # for two threads
+        y = jnp.einsum(
+            "pfd,prd->pfr",
+            kernel.reshape(parts, -1, width),
+            jnp.broadcast_to(flat, (parts, *flat.shape)),
+            preferred_element_type=dtype,
+        )
+        y = y.transpose(2, 0, 1)
+    return y.reshape(*x.shape[:-1], features)
+
+
+class LinearByRows(nnx.Module):
+    """`Linear` of weights that are only sampled from, W stored [out, in]."""
+
+    def __init__(self, linear: Linear) -> None:
+        self.kernel = nnx.Param(linear.kernel[...].T)
+        self.bias = nnx.data(linear.bias)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] -> [..., out]."""
+        y = product_by_rows(x, self.kernel[...])
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -110,6 +110,13 @@ def gathered(kernel: jax.Array, names: Sequence[str | None], dtype: jnp.dtype) -
     return jax.lax.with_sharding_constraint(kernel, PartitionSpec(*(k or None for k in kept)))
 
 
+def platform() -> str:
+    """tpu, cuda or cpu: of the mesh in context, of devices that may not be here, or else ours."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return "cuda" if name == "gpu" else name
+
+
 def product(
     x: jax.Array,
     kernel: jax.Array,

@@ -6,6 +6,7 @@ import sys
 
 import jax
 
+NARROW_ALL_REDUCES = "--xla_disable_hlo_passes=all-reduce-promotion"
 # Of glibc's <malloc.h>.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -20,6 +21,11 @@ def claim_devices(count: int | None) -> None:
     Args:
         count: of devices; None leaves them as they are, and so does `JAX_NUM_CPU_DEVICES`.
     """
+    # XLA's CPU compiler widens bfloat16 all-reduces, and some end the process there (a CHECK:
+    # "Invalid binary instruction opcode copy"). They run as they are, too.
+    flags = os.environ.get("XLA_FLAGS", "")
+    if NARROW_ALL_REDUCES not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {NARROW_ALL_REDUCES}".strip()
     if count is None or "JAX_NUM_CPU_DEVICES" in os.environ:
         return
     jax.config.update("jax_num_cpu_devices", count)

@@ -181,7 +181,7 @@ def row_shardings(tree: Any, mesh: Mesh) -> Any:
     """Of a sampler's state: rows over the devices, what they do not divide on every device.
 
     Args:
-        tree: pytree of arrays or shapes; caches [L, B, M, K, d], anything else the rows first.
+        tree: pytree of arrays or shapes; caches [L, B, K, M, d], anything else the rows first.
         mesh: see `mesh.make_mesh`.
 
     Returns:

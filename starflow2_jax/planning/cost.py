@@ -384,8 +384,13 @@ class _Reader:
             elif user.opcode == "fusion":
                 inner = self.module.computations[user.called("calls")[0]]
                 for number, name in enumerate(user.operands):
-                    if name == parameter.name:
-                        total += self._read(inner, inner.parameters[number], arrays)
+                    if name != parameter.name:
+                        continue
+                    total += self._read(inner, inner.parameters[number], arrays)
+                    if _source(inner) == inner.parameters[number].name:  # handed on, to be read
+                        total += self._read(
+                            called, user, [dataclasses.replace(a, space=0) for a in user.arrays]
+                        )
             elif user.opcode == "tuple":
                 continue  # handed through
             else:
@@ -417,6 +422,14 @@ class _Reader:
         if root.opcode == "parameter":
             return 1e-9  # handed through
         return 0.0
+
+
+def _source(called: Computation) -> str:
+    """What a computation returns, under the name that it had before it was seen in other shapes."""
+    found = called.root
+    while found.opcode == "bitcast":
+        found = called.by_name[found.operands[0]]
+    return found.name
 
 
 def _main(array: Array) -> int:

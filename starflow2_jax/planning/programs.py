@@ -15,8 +15,6 @@ from jax.sharding import Mesh, NamedSharding
 
 from starflow2_jax.data.packing import BatchShape
 from starflow2_jax.errors import UserError
-from starflow2_jax.models.codec import Codec
-from starflow2_jax.models.latents import LatentCodec
 from starflow2_jax.parallel import mesh as meshes
 from starflow2_jax.parallel import rules
 from starflow2_jax.planning import topology as topologies
@@ -96,12 +94,6 @@ def batch_shapes(shape: BatchShape, image: jax.ShapeDtypeStruct) -> dict[str, An
     return found
 
 
-def _stored(codec: Codec) -> jax.ShapeDtypeStruct:
-    """One image as batches hold it."""
-    dtype = jnp.bfloat16 if isinstance(codec, LatentCodec) else jnp.uint8
-    return jax.ShapeDtypeStruct(codec.shape, dtype)
-
-
 def _placed(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -155,7 +147,7 @@ def train_program(
         frozen = _as_stored(frozen, task.model_config.dtype)
         state = jax.eval_shape(functools.partial(init_state, config=step, seed=0), trainable)
         state, frozen = rules.abstract(state, mesh), rules.abstract(frozen, mesh)
-        batch = batch_shapes(shape, _stored(task.constants))
+        batch = batch_shapes(shape, jax.ShapeDtypeStruct(*task.data.image.array))
         batch = _placed(batch, rules.batch_shardings(batch, mesh))
         everywhere = NamedSharding(mesh, jax.P())
         constants = _placed(task.constants, jax.tree.map(lambda _: everywhere, task.constants))

@@ -46,7 +46,7 @@ from starflow2_jax.sampling.generate import (
     reason_of,
 )
 from starflow2_jax.sampling.prompts import Piece, Row, extended, rest, shared
-from starflow2_jax.sampling.state import Mode, RowSettings, row_settings
+from starflow2_jax.sampling.state import Mode, RowSettings, SampleState, row_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +184,7 @@ class Engine:
                 slots=config.context,
                 images=config.images,
             )
+        self._places = jax.tree.map(lambda leaf: leaf.sharding, self._state)
         self._seats = [_Seat() for _ in range(config.rows)]
         self._halted = np.zeros(config.rows, bool)
         self._lock = threading.Lock()
@@ -269,6 +270,14 @@ class Engine:
     def _placed(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self._mesh is None else rules.use(self._mesh)
 
+    def _in_place(self, state: SampleState) -> SampleState:
+        """On a mesh, with every array named as lying where it lay at the start: nothing moves.
+
+        The partitioner names the same place otherwise in every program, and each name of an
+        argument's place is a compilation.
+        """
+        return state if self._mesh is None else jax.device_put(state, self._places)
+
     def _leave(self) -> list[Event]:
         """Ends what was cancelled."""
         with self._lock:
@@ -336,20 +345,22 @@ class Engine:
             seat = self._seats[index]
             while left and seat.read < len(seat.request.row):
                 chunk, count = self._chunk(seat.request.row, seat.read)
-                self._state = slots.read(self._model, self._state, np.int32(index), chunk)
+                state = slots.read(self._model, self._state, np.int32(index), chunk)
+                self._state = self._in_place(state)
                 seat.read += count
                 self.fed += count
                 self.reads += 1
                 left -= 1
             if seat.read < len(seat.request.row):
                 return
-            self._state, self._settings = slots.seat(
+            state, self._settings = slots.seat(
                 self._model,
                 self._state,
                 self._settings,
                 np.int32(index),
                 seat.request.settings(),
             )
+            self._state = self._in_place(state)
             self._halted[index] = False
             seat.reader = Reader(seat.number, seat.read, self._shape, seat.request.stop)
 
@@ -386,15 +397,15 @@ class Engine:
 
     def _step(self) -> list[Event]:
         """Some steps of every row, and what they gave."""
-        self._state = slots.advance(
+        state = slots.advance(
             self._model,
             self._state,
             self._settings,
             self._halted,
             np.int32(self.config.steps),
         )
+        self._state = state = self._in_place(state)
         self.steps += self.config.steps
-        state = self._state
         mode, length, tokens, kinds, texts, images = fetch(
             (state.mode, state.length, state.tokens, state.kinds, state.texts, state.images)
         )

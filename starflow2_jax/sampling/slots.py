@@ -43,8 +43,8 @@ def _placed(tree: Any) -> Any:
     def one(path: tuple, leaf: jax.Array) -> jax.Array:
         if any(getattr(key, "name", None) == "prefix" for key in path) or not leaf.ndim:
             return leaf
-        if leaf.ndim == 5:  # keys and values [L, R, M, K, d]
-            return partition.constrain(leaf, (None, "batch", None, "heads", None))
+        if leaf.ndim == 5:  # keys and values [L, R, K, M, d]
+            return partition.constrain(leaf, (None, "batch", "heads", None, None))
         if leaf.ndim == 4 and any(getattr(key, "name", None) == "caches" for key in path):
             return partition.constrain(leaf, ("batch", "heads", None, None))  # [R, K, d, M]
         return partition.constrain(leaf, ("batch", *(None,) * (leaf.ndim - 1)))

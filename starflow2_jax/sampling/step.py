@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from starflow2_jax.models.flow import guide, standard_normal_log_prob
 from starflow2_jax.models.pretzel import Kind, Pretzel, SpecialTokens, spread_images
 from starflow2_jax.nn.attention import AttentionSpec
-from starflow2_jax.nn.decoder import Cache
+from starflow2_jax.nn.decoder import Cache, with_slots
 from starflow2_jax.nn.layers import at_least_float32
 from starflow2_jax.sampling.state import Mode, Prefix, Prompt, Record, RowSettings, SampleState
 
@@ -156,13 +156,7 @@ def settled(state: SampleState, settings: RowSettings, tokens: int) -> SampleSta
 
 def _with_slots(caches: dict[str, Cache], slots: int) -> dict[str, Cache]:
     """The caches, grown to `slots` slots per row."""
-
-    def grown(stored: jax.Array) -> jax.Array:  # k, v [L, B, M, K, d]; length [B]
-        if stored.ndim == 1:
-            return stored
-        return jnp.pad(stored, ((0, 0), (0, 0), (0, slots - stored.shape[2]), (0, 0), (0, 0)))
-
-    return jax.tree.map(grown, caches)
+    return {name: with_slots(cache, slots) for name, cache in caches.items()}
 
 
 def prefill_unconditional(
@@ -196,7 +190,7 @@ def with_twins(stored: jax.Array, twin: jax.Array, twins: int) -> jax.Array:
 
 
 def row_axis(stored: jax.Array) -> int:
-    """The axis of the rows of a cache's leaf: of k, v [L, B, M, K, d] the second."""
+    """The axis of the rows of a cache's leaf: of k, v [L, B, K, M, d] the second."""
     return 1 if stored.ndim == 5 else 0
 
 

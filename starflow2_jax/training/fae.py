@@ -6,10 +6,9 @@ Specification: arXiv 2512.07829. Letters: B images, N tokens, D features, C late
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, TypeVar
 
-import grain
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -18,7 +17,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from starflow2_jax.data.images import Augment
-from starflow2_jax.data.pipeline import HostBatch
 from starflow2_jax.errors import UserError
 from starflow2_jax.fae_bundle import load_statistics, save_fae, save_statistics
 from starflow2_jax.models.dinov2 import DinoV2
@@ -34,27 +32,14 @@ from starflow2_jax.training.fae_losses import (
     PixelLoss,
     PixelWeights,
 )
+from starflow2_jax.training.fae_start import start_linear
 from starflow2_jax.training.fae_step import adversarial
+from starflow2_jax.training.images import Images, ImagesTask
 from starflow2_jax.training.step import StepConfig
 
 STATISTICS_FILE = "statistics.json"
 
 Net = TypeVar("Net", bound=nnx.Module)
-
-
-class Images(Protocol):
-    """Images of one size, as `data.images.ImageFolder` has them."""
-
-    def __len__(self) -> int:
-        """How many."""
-
-    def training_batches(
-        self, rows: int, seed: int, augment: Augment | None = None
-    ) -> grain.IterDataset:
-        """An endless stream of batches of `images` uint8 [B, H, W, channels], `image_seeds` [B]."""
-
-    def batch(self, indices: Sequence[int]) -> HostBatch:
-        """These, as they are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +155,7 @@ def _stack_flops(config: DecoderConfig, tokens: int) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class FAETask:
+class FAETask(ImagesTask):
     """See `training.task.Task`.
 
     Attributes:
@@ -185,6 +170,7 @@ class FAETask:
         perceptual: network of the perceptual loss; None: there is no such term.
         augment: of the training images, or None.
         statistics_images: of the training images, that the statistics are taken from.
+        linear_start: whether training starts near a PCA, see `fae_start`.
     """
 
     config: ml_collections.ConfigDict
@@ -199,6 +185,7 @@ class FAETask:
     perceptual: LPIPS | None = None
     augment: Augment | None = None
     statistics_images: int = 50_000
+    linear_start: bool = False
 
     def __post_init__(self) -> None:
         if self.vit is not None and self.vit.config.width != self.model_config.features:
@@ -217,10 +204,6 @@ class FAETask:
 
     def _running(self) -> Iterator[FAEStage]:
         return (stage for stage in self.stages if stage.name in self.config.stages)
-
-    @property
-    def constants(self) -> None:
-        """None."""
 
     def make_model(self, seed: int) -> FAETraining:
         """A fresh FAE and discriminator; what is frozen comes in `prepare`."""
@@ -245,6 +228,8 @@ class FAETask:
             else:
                 self._measure_features(model.model)
                 save_statistics(path, model.model.fae)
+            if self.linear_start:
+                start_linear(model.model.fae, self._features(model.model), self.config.seed)
         if stage == "noisy":
             self._measure_latents(model.model)
         return model
@@ -260,11 +245,16 @@ class FAETask:
     def _dtype(self) -> jnp.dtype:
         return jnp.dtype(next(self._running()).dtype)
 
-    def _measure_features(self, model: FeatureFAE) -> None:
-        moments = Moments()
+    def _features(self, model: FeatureFAE) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Features [b, N, D] and images of `_parts`."""
         features_of = jax.jit(lambda model, images: model.features_of(images, self._dtype()))
         for images in self._parts():
-            moments.add(fetch(features_of(model, images)))
+            yield fetch(features_of(model, images)), images
+
+    def _measure_features(self, model: FeatureFAE) -> None:
+        moments = Moments()
+        for features, _ in self._features(model):
+            moments.add(features)
         moments.into(model.fae.features)
 
     def _measure_latents(self, model: FeatureFAE) -> None:
@@ -274,23 +264,6 @@ class FAETask:
             posterior = fetch(encode(model, images))
             moments.add(posterior.mean, np.exp(posterior.logvar))
         moments.into(model.fae.latents)
-
-    def given(self, mesh: Mesh) -> Mapping[str, nnx.State]:
-        """Nothing."""
-        return {}
-
-    def batches(
-        self,
-        stage: str,
-        held_out: bool,
-        seed: int,
-        rows: slice | None = None,
-        place: Callable[[HostBatch], Any] | None = None,
-    ) -> grain.IterDataset:
-        """Batches of images."""
-        images, augment = (self.held_out, None) if held_out else (self.train, self.augment)
-        whole = self.config.stages[stage].batch.rows
-        return images.training_batches(whole, seed, augment, rows, place)
 
     def flops(self, stage: str) -> float:
         """Of the transformers in a step; what is trained counts three times."""

@@ -15,8 +15,7 @@ from starflow2_jax.models.discriminator import Discriminator
 from starflow2_jax.models.fae import FeatureFAE, Posterior
 from starflow2_jax.models.lpips import LPIPS
 from starflow2_jax.nn import partition
-
-Metrics = dict[str, jax.Array]
+from starflow2_jax.training.images import Metrics, image_counts, share
 
 
 class FAETraining(nnx.Module):
@@ -57,18 +56,6 @@ def psnr(pixels: jax.Array, target: jax.Array) -> jax.Array:
     return -10.0 * jnp.log10(jnp.maximum(error, 1e-10))
 
 
-def _batch_counts(batch: HostBatch, tokens: int) -> Metrics:
-    images = batch["images"].shape[0]
-    return {"images": jnp.int32(images), "tokens": jnp.int32(images * tokens)}
-
-
-def _share(metrics: Metrics, batch: HostBatch, counts: Metrics | None) -> Metrics:
-    if counts is None:
-        return metrics
-    share = batch["images"].shape[0] / counts["images"]
-    return {name: share * value for name, value in metrics.items()}
-
-
 @dataclasses.dataclass(frozen=True)
 class FeatureLoss:
     """Stage Ia: mean square error of normalised features + beta KL; see `training.step.Loss`.
@@ -87,7 +74,7 @@ class FeatureLoss:
 
     def counts(self, batch: HostBatch) -> Metrics:
         """Images and tokens of a batch."""
-        return _batch_counts(batch, self.tokens)
+        return image_counts(batch, self.tokens)
 
     def __call__(
         self,
@@ -115,7 +102,7 @@ class FeatureLoss:
             "kl": kl,
             "deviation_ratio": deviation_ratio(posterior),
         }
-        metrics = _share(metrics, batch, counts)
+        metrics = share(metrics, batch, counts)
         return metrics["loss"], metrics
 
 
@@ -180,7 +167,7 @@ class PixelLoss:
 
     def counts(self, batch: HostBatch) -> Metrics:
         """Images and tokens of a batch."""
-        return _batch_counts(batch, self.tokens)
+        return image_counts(batch, self.tokens)
 
     def _features(self, model: FeatureFAE, batch: HostBatch, seed: jax.Array) -> jax.Array:
         """The pixel decoder's input: normalised features [B, N, D]."""
@@ -236,7 +223,7 @@ class PixelLoss:
         if self.training and self.weights.adversarial and model.discriminator is not None:
             more, terms = self._adversarial(model, hidden, pixels, target)
             loss, metrics = loss + more, metrics | terms
-        metrics = _share({"loss": loss, **metrics}, batch, counts)
+        metrics = share({"loss": loss, **metrics}, batch, counts)
         return metrics["loss"], metrics
 
     def _adversarial(

@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -24,6 +23,7 @@ from starflow2_jax.models.patches import dequantised, image_noise
 from starflow2_jax.models.starflow import ImageFlow, TarFlowConfig
 from starflow2_jax.nn import partition
 from starflow2_jax.training.flops import image_flow_flops
+from starflow2_jax.training.images import ImagesTask, image_counts, share
 from starflow2_jax.training.step import StepConfig
 
 
@@ -43,8 +43,7 @@ class ImageFlowLoss:
 
     def counts(self, batch: HostBatch) -> dict[str, jax.Array]:
         """Images, and their patches."""
-        images = len(batch["images"])
-        return {"images": jnp.int32(images), "tokens": jnp.int32(images * self.patches)}
+        return image_counts(batch, self.patches)
 
     def __call__(
         self,
@@ -71,10 +70,7 @@ class ImageFlowLoss:
         if self.latent_norm:
             metrics["latent_norm"] = passed.latent_norm
             loss = loss + self.latent_norm * passed.latent_norm
-        metrics = {"loss": loss, **metrics}
-        if counts is not None:
-            share = len(images) / counts["images"]
-            metrics = {name: share * value for name, value in metrics.items()}
+        metrics = share({"loss": loss, **metrics}, batch, counts)
         return metrics["loss"], metrics
 
 
@@ -105,7 +101,7 @@ class ImageFlowStage:
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageFlowTask:
+class ImageFlowTask(ImagesTask):
     """See `training.task.Task`.
 
     Attributes:
@@ -141,10 +137,6 @@ class ImageFlowTask:
         label_drop = self.label_drop if self.model_config.classes else 0.0
         return (ImageFlowStage(label_drop, self.model_config.side**2),)
 
-    @property
-    def constants(self) -> None:
-        """None."""
-
     def make_model(self, seed: int) -> ImageFlow:
         """A fresh model."""
         return ImageFlow(self.model_config, rngs=nnx.Rngs(seed))
@@ -152,23 +144,6 @@ class ImageFlowTask:
     def prepare(self, stage: str, model: ImageFlow, mesh: Mesh) -> ImageFlow:
         """As it is."""
         return model
-
-    def given(self, mesh: Mesh) -> Mapping[str, nnx.State]:
-        """Nothing."""
-        return {}
-
-    def batches(
-        self,
-        stage: str,
-        held_out: bool,
-        seed: int,
-        rows: slice | None = None,
-        place: Callable[[HostBatch], Any] | None = None,
-    ) -> grain.IterDataset:
-        """Batches of images."""
-        whole = self.config.stages[stage].batch.rows
-        folder, augment = (self.held_out, None) if held_out else (self.train, self.augment)
-        return folder.training_batches(whole, seed, augment, rows, place)
 
     def flops(self, stage: str) -> float:
         """See `image_flow_flops`."""

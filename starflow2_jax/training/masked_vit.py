@@ -2,27 +2,33 @@
 
 Of each picture some patches are replaced by the mask token, and a linear head on the final tokens
 tells the pixels of all patches. Those that are seen count too: an FAE's features must keep what
-they show. Letters: B images, H, W pixels, N patches, D width, P numbers of a patch.
+they show, and so they start from the patches' principal components. Letters: B images, H, W pixels,
+N patches, D width, P numbers of a patch.
 """
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from starflow2_jax.data.images import Augment, ImageFolder
+from starflow2_jax.data.images import Augment
 from starflow2_jax.data.pipeline import HostBatch
 from starflow2_jax.fae_bundle import save_vit
 from starflow2_jax.models.dinov2 import DinoV2, DinoV2Config
 from starflow2_jax.nn import grid, layers, partition
+from starflow2_jax.training.fae_start import put
+from starflow2_jax.training.images import Images, ImagesTask, image_counts, share
 from starflow2_jax.training.step import StepConfig
+
+# Root mean square of what all patches share at the start; that of patch and of position is 1.
+_SHARED = 2.0
 
 
 class MaskedViT(nnx.Module):
@@ -37,6 +43,56 @@ class MaskedViT(nnx.Module):
     def __call__(self, pixels: jax.Array, masked: jax.Array) -> jax.Array:
         """Normalised pixels [B, H, W, channels] and bool [B, N] -> patches [B, N, P]."""
         return self.head(self.vit(pixels, masked).patches)
+
+
+def start_from_components(model: MaskedViT, images: np.ndarray, seed: int) -> None:
+    """Lets the patch embedding and the head start where almost nothing of a patch is lost.
+
+    The embedding starts as a rotation of the patches' largest principal components, D - N - 2 of
+    them where a patch has as many, with deviation 1 in the mean over channels; the rotation gives
+    every channel about the same share of it, so that errors of normalised features are errors of
+    pixels. Of the other directions N are the positions', and one all patches share, by which the
+    final LayerNorm is nearly linear. The head starts as the inverse.
+
+    Args:
+        model: has a LayerNorm at the end, and a table of positions as large as the images.
+        images: uint8 [n, H, W, channels].
+        seed: of the rotation.
+
+    Raises:
+        ValueError: the ViT is too narrow.
+    """
+    vit, rng = model.vit, np.random.default_rng(seed)
+    config = vit.config
+    places, width = config.table_side**2, config.width
+    pixels = vit.normalise(jnp.asarray(images, jnp.float32) / 255.0)
+    patches = np.asarray(grid.to_patches(pixels, config.patch))
+    patches = patches.reshape(-1, patches.shape[-1])
+    kept = min(width - places - 2, patches.shape[-1])
+    if kept < 1:
+        raise ValueError(f"a ViT of width {width} has no room beside {places} positions")
+    mean = patches.mean(0)
+    covariance = (patches - mean).T @ (patches - mean) / len(patches)
+    axes = np.linalg.qr(rng.normal(size=(len(mean), kept)).astype(np.float32))[0]
+    for _ in range(8):  # orthogonal iteration: the subspace is wanted, not the components
+        axes = np.linalg.qr(covariance @ axes)[0]
+    size = np.sqrt(max(np.trace(axes.T @ covariance @ axes) / width, 1e-12))
+    # The first direction is what the LayerNorm takes off: nothing is put there.
+    turn = np.concatenate([np.ones((width, 1)), rng.normal(size=(width, width - 1))], 1)
+    turn = np.linalg.qr(turn)[0][:, 1:].T
+    content, shared, positions, _ = np.split(turn, [kept, kept + 1, kept + 1 + places])  # rows
+    whole = axes @ content  # [P, D]
+    table = np.sqrt(width) * (_SHARED * shared + np.concatenate([0 * shared, positions]))
+    gain = np.sqrt(1.0 + 1.0 + _SHARED**2)
+    for variable, value in (
+        (vit.patch_embedding.kernel, whole / size),
+        (vit.patch_embedding.bias, -mean @ whole / size),
+        (vit.positions, table),
+        (vit.decoder.final_norm.scale, np.full(width, gain)),
+        (model.head.kernel, size * whole.T),
+        (model.head.bias, mean),
+    ):
+        put(variable, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +113,7 @@ class MaskedLoss:
 
     def counts(self, batch: HostBatch) -> dict[str, jax.Array]:
         """Images, and their patches."""
-        images = len(batch["images"])
-        return {"images": jnp.int32(images), "tokens": jnp.int32(images * self.patches)}
+        return image_counts(batch, self.patches)
 
     def __call__(
         self,
@@ -78,8 +133,8 @@ class MaskedLoss:
 
         def draw(image_seed: jax.Array) -> jax.Array:
             of_share, of_patches = jax.random.split(jax.random.fold_in(base, image_seed))
-            share = jax.random.uniform(of_share, maxval=self.most_masked)
-            return jax.random.uniform(of_patches, wanted.shape[1:2]) < share
+            hidden = jax.random.uniform(of_share, maxval=self.most_masked)
+            return jax.random.uniform(of_patches, wanted.shape[1:2]) < hidden
 
         masked = jax.vmap(draw)(jnp.asarray(batch["image_seeds"]))  # [B, N]
         told = model(pixels.astype(self.dtype), masked)
@@ -88,9 +143,7 @@ class MaskedLoss:
         of_masked, of_seen = (errors * masked).mean(), (errors * ~masked).mean()
         loss = of_masked + self.seen * of_seen
         metrics = {"loss": loss, "loss_masked": of_masked, "loss_seen": of_seen}
-        if counts is not None:
-            share = len(images) / counts["images"]
-            metrics = {name: share * value for name, value in metrics.items()}
+        metrics = share(metrics, batch, counts)
         return metrics["loss"], metrics
 
 
@@ -119,7 +172,7 @@ class MaskedStage:
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedViTTask:
+class MaskedViTTask(ImagesTask):
     """See `training.task.Task`.
 
     Attributes:
@@ -128,49 +181,34 @@ class MaskedViTTask:
         train, held_out: the images.
         masked_loss: see `MaskedLoss`.
         augment: of the training images, or None.
+        start_images: of the training images, for `start_from_components`; 0: a random start.
     """
 
     config: ml_collections.ConfigDict
     model_config: DinoV2Config
-    train: ImageFolder
-    held_out: ImageFolder
+    train: Images
+    held_out: Images
     masked_loss: MaskedLoss
     augment: Augment | None = None
+    start_images: int = 0
 
     @property
     def stages(self) -> tuple[MaskedStage, ...]:
         """One."""
         return (MaskedStage(self.masked_loss),)
 
-    @property
-    def constants(self) -> None:
-        """None."""
-
     def make_model(self, seed: int) -> MaskedViT:
         """A fresh model."""
         return MaskedViT(self.model_config, rngs=nnx.Rngs(seed))
 
     def prepare(self, stage: str, model: MaskedViT, mesh: Mesh) -> MaskedViT:
-        """As it is."""
+        """With the start that does not come from a seed alone."""
         del stage, mesh
+        if self.start_images:
+            count = min(len(self.train), self.start_images)
+            chosen = np.linspace(0, len(self.train) - 1, count).round().astype(int)
+            start_from_components(model, self.train.batch(chosen)["images"], self.config.seed)
         return model
-
-    def given(self, mesh: Mesh) -> Mapping[str, nnx.State]:
-        """Nothing."""
-        return {}
-
-    def batches(
-        self,
-        stage: str,
-        held_out: bool,
-        seed: int,
-        rows: slice | None = None,
-        place: Callable[[HostBatch], Any] | None = None,
-    ) -> grain.IterDataset:
-        """Batches of images."""
-        images, augment = (self.held_out, None) if held_out else (self.train, self.augment)
-        whole = self.config.stages[stage].batch.rows
-        return images.training_batches(whole, seed, augment, rows, place)
 
     def flops(self, stage: str) -> float:
         """Of the layers in a step: forwards, and twice that backwards."""

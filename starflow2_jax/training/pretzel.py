@@ -16,7 +16,9 @@ from starflow2_jax.data.sequences import ImageShape
 from starflow2_jax.data.tokenizer import Tokenizer
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.codec import Codec
+from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig
+from starflow2_jax.models.qwen2_5_vl import LanguageModelConfig
 from starflow2_jax.training.flops import pretzel_flops
 from starflow2_jax.training.stages import PRETRAIN_LM, STAGES, Stage
 from starflow2_jax.vlm_bundle import load_vlm, read_description
@@ -31,6 +33,45 @@ class Data(Protocol):
 
     def documents(self, stage: str, held_out: bool, seed: int) -> grain.IterDataset:
         """An endless stream of packable documents (see `data.pipeline.features`) for a stage."""
+
+
+def small_config(config: ml_collections.ConfigDict, data: Data, channels: int) -> PretzelConfig:
+    """The shape of a small model that is trained from nothing, language model and all, on CPU.
+
+    Args:
+        config: of the run, with the groups `language_model` (width, layers, head_dim, mlp_width)
+            and `flow` (width, head_dim, deep_layers, shallow_layers).
+        data: tells vocabulary and raster.
+        channels: C.
+    """
+    lm, flow = config.language_model, config.flow
+    heads = lm.width // lm.head_dim
+    return PretzelConfig(
+        vlm=LanguageModelConfig(
+            vocab_size=data.tokenizer.vocab_size,
+            width=lm.width,
+            layers=lm.layers,
+            heads=heads,
+            kv_heads=max(1, heads // 2),
+            head_dim=lm.head_dim,
+            mlp_width=lm.mlp_width,
+            tied=True,
+            remat="full",
+        ),
+        flow=FlowConfig(
+            channels=channels,
+            side=data.image.side,
+            width=flow.width,
+            head_dim=flow.head_dim,
+            deep_layers=flow.deep_layers,
+            shallow_layers=tuple(flow.shallow_layers),
+            shallow_orders=("keep", "flip"),
+            # Recomputing is cheaper than the memory traffic of keeping, on CPU.
+            remat="full",
+        ),
+        special=data.tokenizer.special,
+        dtype="float32",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
