@@ -3,9 +3,9 @@
     python benchmarks/scale.py --json scale.json --gpu-python .venv-gpu/bin/python
 
 Nothing runs on an accelerator: this compiles, about a minute for each row on two idle cores. Each
-row is written as soon as it is there, and rows that the JSON file has already are not planned again;
-`--only TEXT` plans just those whose command holds the text. GPU rows need an environment with the
-extra `gpu-plan`, whose Python is given.
+row is written as soon as it is there, and rows that the JSON file has already are not planned
+again; `--only TEXT` plans just those whose command holds the text. GPU rows need an environment
+with the extra `gpu-plan`, whose Python is given.
 """
 
 import argparse
