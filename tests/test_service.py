@@ -171,7 +171,7 @@ def test_sample_writes_a_folder_and_goes_on_with_it(folder, tmp_path, capsys):
     record = json.loads((out / "run.json").read_text())
     assert record["prompts"]["sha256"] == hashlib.sha256(prompts.read_bytes()).hexdigest()
     assert len(record["weights_sha256"]) == 64 and record["sampling"]["guidance"] == 1.5
-    assert record["model"]["seed"] == 5
+    assert record["model"]["trained_with"] == 5
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert {(s["id"], s["sample"]) for s in samples} == {
         (i, k) for i in ("00000", "look", "00002") for k in range(2)
