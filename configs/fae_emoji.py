@@ -53,7 +53,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.emoji = "data/emoji"
     config.features = "vit"
     config.vit = group(
-        dict(width=384, layers=2, head_dim=64, layer_scale=0.1, most_masked=0.5, seen=4.0)
+        dict(width=512, layers=2, head_dim=64, layer_scale=0.05, most_masked=0.5, seen=4.0)
     )
     # 768 numbers in place of 12,288: 2 x 2 tokens of 192, or, as wide as bare patches can be at
     # this size, 8 x 8 of 12.
@@ -63,8 +63,8 @@ def get_config() -> ml_collections.ConfigDict:
             patch=32,
             channels=192,
             encoder=dict(heads=12, head_dim=64),
-            feature_decoder=dict(layers=3, mlp_width=1024, positions="learned"),
-            pixel_decoder=dict(layers=2, width=448, heads=7, mlp_width=1024),
+            feature_decoder=dict(layers=2, mlp_width=1024, positions="learned"),
+            pixel_decoder=dict(layers=2, width=576, heads=9, mlp_width=1024),
         )
     )
     config.fae.patches = group(
@@ -86,12 +86,12 @@ def get_config() -> ml_collections.ConfigDict:
             noisy=dict(noise=0.3, weights=plain),
         )
     )
-    config.vit_stage = _stage(steps=400)
+    config.vit_stage = _stage(steps=300)
     config.stages = group()
-    config.stages.features = _stage(steps=500)
-    config.stages.pixels = _stage(steps=60)
-    config.stages.fine_tune = _stage(steps=250)
-    config.stages.noisy = _stage(steps=120)
+    config.stages.features = _stage(steps=2000)
+    config.stages.pixels = _stage(steps=200)
+    config.stages.fine_tune = _stage(steps=800)
+    config.stages.noisy = _stage(steps=300)
     config.checkpoint = group(dict(every=250, keep_last=1))
     config.evaluation = group(dict(every=100, batches=2, samples=1000))
     return config

@@ -26,7 +26,7 @@ _RIDGE = 1e-4
 def put(variable: nnx.Variable, value: np.ndarray) -> None:
     """Gives a parameter another value, float32, where the one before it is."""
     place = variable[...].sharding
-    variable[...] = jax.deviceput(np.asarray(value, np.float32), place)
+    variable[...] = jax.device_put(np.asarray(value, np.float32), place)
 
 
 def _silence(decoder: GridDecoder) -> None:

@@ -28,7 +28,7 @@ from starflow2_jax.training.images import Images, ImagesTask, image_counts, shar
 from starflow2_jax.training.step import StepConfig
 
 # Root mean square of what all patches share at the start; that of patch and of position is 1.
-_SHARED = 2.0
+_SHARED = 4.0
 
 
 class MaskedViT(nnx.Module):
