@@ -74,6 +74,20 @@ def test_a_collective_in_pieces_counts_once_and_a_reduce_scatter_is_one():
     assert (scatter.group, scatter.crosses) == (4, 1)
 
 
+def test_a_collective_that_another_core_does():
+    found = cost(hlo.parse((HLO / "sparsecore.txt").read_text()), {"fsdp": 4, "columns": 2})
+    assert found.bytes_by_collective() == {"all-gather over columns": 16 * 128 * 2 / 2}
+
+
+def test_sums_over_slices_go_across_the_network():
+    module = hlo.parse((HLO / "slices.txt").read_text())
+    found = cost(module, {"data": 2, "fsdp": 4}, [0, 0, 0, 0, 1, 1, 1, 1])
+    sent = 2 * 8 * 128 * 4 / 2
+    assert found.bytes_by_collective() == {"all-reduce over data": sent}
+    times = roofline.roofline(found, CHIP, 0.0)
+    assert (times.links, times.network) == (0.0, sent / CHIP.network_bandwidth)
+
+
 @pytest.mark.parametrize(
     "text, ids",
     [

@@ -265,6 +265,8 @@ class _Reader:
             self.flops += run.times * dot_flops(i, operand(0))
         elif opcode in COLLECTIVES and i.operands:
             self._collective(outer, run, inside, i, opcode)
+        elif i.opcode == "send" and "_xla_megascale_transfer_type" in i.text:
+            self._between_slices(run, inside, i)
         elif i.opcode == "custom-call":
             target = i.attribute("custom_call_target").strip('"')
             if target.startswith("__cublas"):
@@ -292,6 +294,25 @@ class _Reader:
         axes, crosses = self._axes(ids)
         self.collectives[key] = Collective(
             kind, axes, group, crosses, _sent(kind, inputs, outputs, group), run.times
+        )
+
+    def _between_slices(self, run: hlo.Run, inside: Computation, i: Instruction) -> None:
+        """Between slices, hosts do the rest of a collective: each device sends what it has."""
+        if self.slice_of is None:
+            raise ValueError("a transfer between slices in a program of one slice")
+        kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.text).group(1)
+        kind = kind.lower().replace("_", "-")
+        if kind not in COLLECTIVES:
+            raise ValueError(f"a transfer of an unknown kind between slices: {kind}")
+        slices = np.asarray(self.slice_of)
+        # The devices at the same place of each slice.
+        ids = np.stack([np.flatnonzero(slices == n) for n in np.unique(slices)], axis=1)
+        axes, crosses = self._axes(ids)
+        group = ids.shape[1]
+        inputs = sum(a.bytes for a in inside.by_name[i.operands[0]].arrays)
+        sent = _sent(kind, inputs, inputs * group, group)
+        self.collectives[inside.name, i.name] = Collective(
+            kind, axes, group, crosses, sent, run.times
         )
 
     def _axes(self, ids: np.ndarray) -> tuple[tuple[str, ...], int]:
@@ -332,7 +353,8 @@ class _Reader:
         if i.opcode == "scatter":
             update = operands[2].arrays[0]
             return float(_main(update) + (2 * update.stored if _in_main(i) else 0))
-        if i.opcode.removesuffix("-start") in COLLECTIVES and i.opcode.endswith("-start"):
+        started = i.opcode.removesuffix("-start")
+        if (started in COLLECTIVES and started != i.opcode) or i.opcode in ("send", "recv"):
             return float(sum(_main(a) for a in i.arrays))
         read = sum(_main(a) for o in operands for a in o.arrays)
         return float(read + sum(_main(a) for a in i.arrays))

@@ -327,9 +327,15 @@ def _runs_from(module: Module, first: str) -> list[Run]:
 
 
 def within(module: Module, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
-    """An instruction's own and all that it fuses, with the computations they stand in."""
+    """All that an instruction fuses or starts, with the computations they stand in."""
     for name in instruction.called("calls"):
-        computation = module.computations[name]
-        for inner in computation.instructions:
-            yield computation, inner
-            yield from within(module, inner)
+        yield from _inside(module, name)
+
+
+def _inside(module: Module, name: str) -> Iterator[tuple[Computation, Instruction]]:
+    computation = module.computations[name]
+    for inner in computation.instructions:
+        yield computation, inner
+        # What TPUs give to another core is a call in what is started.
+        for deeper in inner.called("calls", *["to_apply"] * (inner.opcode == "call")):
+            yield from _inside(module, deeper)
