@@ -164,8 +164,7 @@ def test_sample_writes_a_folder_and_goes_on_with_it(folder, tmp_path, capsys):
     ]  # fmt: skip
     prompts.write_text("\n".join(map(json.dumps, lines)))
     options = ["--model", folder, "--prompts", prompts, "--samples", 2, "--guidance", 1.5,
-               "--rows", 3, "--free", "--temperature", 1.0, "--max-images", 2,
-               "--max-new-tokens", 6]  # fmt: skip
+               "--rows", 3]  # fmt: skip
     out = tmp_path / "out"
     assert run("sample", "--out", out, *options) == 0
     record = json.loads((out / "run.json").read_text())

@@ -4,6 +4,7 @@ Letters: B images, H, W pixels, C channels.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -77,8 +78,11 @@ def pooled(x: jax.Array, side: int) -> jax.Array:
     for axis in (1, 2):
         size = x.shape[axis]
         edges = [(i * size // side, -(-(i + 1) * size // side)) for i in range(side)]
-        slices = [jax.lax.slice_in_dim(x, *edge, axis=axis).max(axis) for edge in edges]
-        x = jnp.stack(slices, axis=axis)
+        # Pair by pair: the gradient of a maximum over an axis looks for the elements that equal it,
+        # and is NaN where a compiler computes them anew, rounded otherwise, and finds none.
+        places = [jax.lax.index_in_dim(x, i, axis, keepdims=False) for i in range(size)]
+        maxima = [functools.reduce(jnp.maximum, places[first:end]) for first, end in edges]
+        x = jnp.stack(maxima, axis=axis)
     return x
 
 
