@@ -172,11 +172,11 @@ def with_pillow(path: pathlib.Path) -> np.ndarray:
     """The same image, by Pillow alone: shorter side to SIDE, the middle of it."""
     with Image.open(io.BytesIO(path.read_bytes())) as image:
         image.draft("RGB", (2 * SIDE, 2 * SIDE))
-        scale = SIDE / min(image.size)
-        width, height = (max(SIDE, round(n * scale)) for n in image.size)
-        image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - SIDE) // 2, (height - SIDE) // 2
-    return np.asarray(image.crop((left, top, left + SIDE, top + SIDE)))
+        side = min(image.size)
+        left, top = ((n - side) / 2 for n in image.size)
+        box = (left, top, left + side, top + side)
+        image = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(image)
 
 
 def measure(kind: str, folder: pathlib.Path, jpegs: list[pathlib.Path]) -> dict[str, object]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import grain
+import jax
 import ml_collections
 from flax import nnx
 from jax.sharding import Mesh
@@ -156,7 +157,11 @@ class PretzelTask:
 
     def draw(self, model: Pretzel, folder: pathlib.Path, name: str) -> None:
         """Drawings of fixed prompts."""
-        self.draw_samples(self._bundle(model, {}), folder, name)
+        # The codec goes where the model is: both make the pictures.
+        mesh = jax.tree.leaves(nnx.state(model))[0].sharding.mesh
+        codec = jax.device_put(self.data.codec, jax.NamedSharding(mesh, jax.P()))
+        bundle = dataclasses.replace(self._bundle(model, {}), codec=codec)
+        self.draw_samples(bundle, folder, name)
 
     def save(self, folder: pathlib.Path, model: Pretzel, metadata: Mapping[str, Any]) -> None:
         """See `bundle`."""
