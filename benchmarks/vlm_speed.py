@@ -27,7 +27,6 @@ from flax import nnx
 from starflow2_jax.convert import starflow2, table
 from starflow2_jax.models.qwen2_5_vl import LanguageModelConfig, Qwen25VL
 from starflow2_jax.nn.decoder import empty_cache
-from starflow2_jax.parallel.cpu import keep_freed_memory
 from starflow2_jax.sampling import write
 
 THREADS, PAIRS, TOKENS = 2, 5, 64
@@ -194,7 +193,6 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
     jax.config.update("jax_platforms", "cpu")
     torch.set_num_threads(THREADS)
-    keep_freed_memory()  # as `starflow2 chat` does; for theirs as for ours
     theirs = their_model()
     ours = our_model(theirs)
     rows = []
