@@ -18,6 +18,9 @@ from starflow2_jax.nn.layers import at_least_float32
 CAUSAL_SIZE = 64
 CAUSAL_PART = 64
 CAUSAL_PARTS = (4, 8)
+# On CPU, rows whose scores are more than so many bytes together are done one after another: what a
+# processor's cache holds is not written to memory and read again.
+APART_BYTES = 2**24
 # On an accelerator, attention of at least this many positions is its own kernel's.
 KERNEL_SIZE = 128
 TPU_LANES = 128
@@ -190,7 +193,10 @@ def attend(
     q, fold = _scaled(q, spec), 1 if past is None else past.k.shape[-1] // q.shape[-1]
     if fold > 1:
         q, k, v = _folded(q, k, v, fold)
-    mixed = _attend_by_xla(q, k, v, spec, past)
+    if past is None:
+        mixed = _attend_in_parts(q, k, v, spec)
+    else:
+        mixed = _attend_with_past(q, k, v, spec, past)
     mixed = mixed if fold == 1 else _unfolded(mixed, fold)
     return partition.constrain(mixed, ("batch", "length", "heads", None, None))
 
@@ -206,35 +212,16 @@ def weights(q: jax.Array, k: jax.Array, spec: AttentionSpec) -> jax.Array:
     return jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(wide).min), axis=-1)
 
 
-def _attend_by_xla(
-    q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, past: Past | None
+def _attend_with_past(
+    q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, past: Past
 ) -> jax.Array:
-    """`attend` by plain products, with all scores at once; q is scaled."""
+    """`attend` with a past, by plain products, with all scores at once; q is scaled."""
     rows, size = q.shape[:2]
     wide = at_least_float32(q.dtype)
     smallest = jnp.finfo(wide).min
-
-    def scores(keys: jax.Array, queries: jax.Array = q) -> jax.Array:
-        return jnp.einsum("btkgd,bskd->bkgts", queries, keys, preferred_element_type=wide)
-
     visible = _visible(spec, rows, size)[:, None, None]
-    if past is None:
-
-        def queries(first: int, end: int, keys: int) -> jax.Array:
-            seen = visible[..., first:end, :keys]
-            mixed = jnp.where(seen, scores(k[:, :keys], q[:, first:end]), smallest)
-            weights = jax.nn.softmax(mixed, axis=-1).astype(v.dtype)
-            return jnp.einsum("bkgts,bskd->btkgd", weights, v[:, :keys])
-
-        if not spec.causal or size < CAUSAL_SIZE or partition.axis_extent("length") > 1:
-            return queries(0, size, size)
-        # A part of the queries needs no key behind it: with four parts, 5/8 of the work.
-        least, most = CAUSAL_PARTS
-        count = min(max(size // CAUSAL_PART, least), most)
-        edges = [size * part // count for part in range(count + 1)]
-        parts = [queries(first, end, end) for first, end in itertools.pairwise(edges)]
-        return jnp.concatenate(parts, axis=1)
-    own = jnp.where(visible, scores(k), smallest)
+    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=wide)
+    own = jnp.where(visible, scores, smallest)
     slots = past.k.shape[2]
     filled = jnp.arange(slots)[None, :] < past.length[:, None]  # [B, M]
     product = jnp.einsum(
@@ -244,6 +231,57 @@ def _attend_by_xla(
     weights = jax.nn.softmax(jnp.concatenate([before, own], axis=-1), axis=-1).astype(v.dtype)
     seen_before = jnp.einsum("bkgts,bksd->btkgd", weights[..., :slots], past.v.astype(v.dtype))
     return seen_before + jnp.einsum("bkgts,bskd->btkgd", weights[..., slots:], v)
+
+
+def _attend_in_parts(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> jax.Array:
+    """`attend` without a past by plain products; q is scaled."""
+    rows, size, kv_heads, groups = q.shape[:4]
+    wide = at_least_float32(q.dtype)
+    if rows > 1 and _held_apart(rows * kv_heads * groups * size**2 * jnp.dtype(wide).itemsize):
+
+        def alone(row: tuple) -> jax.Array:
+            q, k, v, segments, lengths = jax.tree.map(lambda a: a[None], row)
+            own = AttentionSpec(causal=spec.causal, segments=segments, lengths=lengths)
+            return _attend_in_parts(q, k, v, own)[0]
+
+        return jax.lax.map(alone, (q, k, v, spec.segments, spec.lengths))
+    visible = _visible(spec, rows, size)[:, None, None]
+    # In the order of the products, once for all parts.
+    q = q.transpose(0, 2, 3, 1, 4)  # [B, K, G, T, d]
+    k = k.transpose(0, 2, 3, 1)  # [B, K, d, T]
+    v = v.transpose(0, 2, 1, 3)  # [B, K, T, d]
+
+    def queries(first: int, end: int, keys: int) -> jax.Array:
+        scores = jnp.einsum(
+            "bkgtd,bkds->bkgts", q[:, :, :, first:end], k[..., :keys], preferred_element_type=wide
+        )
+        scores = jnp.where(visible[..., first:end, :keys], scores, jnp.finfo(wide).min)
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        mixed = jnp.einsum(
+            "bkgts,bksd->bkgtd",
+            weights.astype(v.dtype),
+            v[:, :, :keys],
+            preferred_element_type=wide,
+        )
+        # Normalised last: d numbers a query in place of one for each key.
+        return (mixed / weights.sum(-1, keepdims=True)).astype(v.dtype)
+
+    if not spec.causal or size < CAUSAL_SIZE or partition.axis_extent("length") > 1:
+        mixed = queries(0, size, size)
+    else:
+        # A part of the queries needs no key behind it: with four parts, 5/8 of the work.
+        least, most = CAUSAL_PARTS
+        count = min(max(size // CAUSAL_PART, least), most)
+        edges = [size * part // count for part in range(count + 1)]
+        parts = [queries(first, end, end) for first, end in itertools.pairwise(edges)]
+        mixed = jnp.concatenate(parts, axis=3)
+    return mixed.transpose(0, 3, 1, 2, 4)
+
+
+def _held_apart(score_bytes: int) -> bool:
+    """Whether rows with so many scores together are better done one after another."""
+    cut = partition.axis_extent("batch") > 1
+    return partition.platform() == "cpu" and not cut and score_bytes > APART_BYTES
 
 
 def _attend_by_splash(
