@@ -149,7 +149,10 @@ def pipeline(kind: str, folder: pathlib.Path) -> Iterator[int]:
     codec = PatchCodec(
         order=np.arange(np.prod(shape), dtype=np.int32),
         basis=np.eye(values, dtype=np.float32),
-        divisors=np.ones((TOKENS_A_SIDE**2, values), np.float32),
+        waves=np.broadcast_to(
+            np.eye(TOKENS_A_SIDE**2, dtype=np.float32), (values, *[TOKENS_A_SIDE**2] * 2)
+        ),
+        divisors=np.ones((values, TOKENS_A_SIDE**2), np.float32),
         shape=shape,
     )
     data = MixtureData(

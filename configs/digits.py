@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.mesh = group(dict(data=-1, fsdp=1, tensor=1, sequence=1))
     config.log_every = 10
     config.log_seconds = 10.0
-    config.data = group(dict(patch=4, copies=16, raw_share=0.5))
+    config.data = group(dict(patch=4, smooth=1, copies=16, raw_share=0.5))
     config.language_model = group(dict(width=128, layers=3, head_dim=32, mlp_width=384))
     config.flow = group(dict(width=128, head_dim=32, deep_layers=6, shallow_layers=(2, 2)))
     config.stages = group()
@@ -79,14 +79,14 @@ def get_config() -> ml_collections.ConfigDict:
         dict(
             batch=dict(rows=16, length=96, images=4),
             mixture=dict(
-                draw=4.0,
+                draw=9.0,
                 draw_inverted=1.0,
-                neighbour=0.7,
+                neighbour=1.0,
                 nothing=0.7,
-                read=1.0,
-                next=2.0,
-                invert=2.5,
-                story=1.0,
+                read=1.5,
+                next=1.5,
+                invert=2.0,
+                story=1.2,
             ),
             optimizer=dict(
                 steps=2200,
@@ -95,6 +95,7 @@ def get_config() -> ml_collections.ConfigDict:
                 weight_decay=0.1,
                 noise_start=0.05,
                 noise_end=0.01,
+                noise_hold=0.5,
                 noise_share=0.92,
             ),
         )
@@ -107,7 +108,7 @@ def get_config() -> ml_collections.ConfigDict:
             stories=200,
             tuning=200,
             least_diversity=0.65,
-            draws=2,
+            draws=4,
             guidance=(0.5, 1.0, 2.0, 3.0),
             temperature=(1.1, 1.2, 1.3),
             edit_guidance=(1.0, 2.0, 3.0),

@@ -34,8 +34,8 @@ __all__ = ["Bundle", "checksum", "config_from_json", "load_bundle", "save_bundle
 
 MODEL_FILE = "model.json"
 FAE_FOLDER = "fae"
-FORMAT_VERSION = 1
-CODEC_ARRAYS = ("order", "basis", "divisors")
+FORMAT_VERSION = 2
+CODEC_ARRAYS = ("order", "basis", "waves", "divisors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,8 @@ def load_bundle(folder: pathlib.Path) -> Bundle:
         wanted["codec"] = {
             "order": jax.ShapeDtypeStruct((patches * values,), jnp.int32),
             "basis": jax.ShapeDtypeStruct((values, values), jnp.float32),
-            "divisors": jax.ShapeDtypeStruct((patches, values), jnp.float32),
+            "waves": jax.ShapeDtypeStruct((values, patches, patches), jnp.float32),
+            "divisors": jax.ShapeDtypeStruct((values, patches), jnp.float32),
         }
     arrays, _ = load_tree(folder / "weights", jax.tree.map(_on_default_device, wanted))
     nnx.replace_by_pure_dict(abstract, arrays["model"])

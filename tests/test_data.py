@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.fft
 
 from starflow2_jax.data import digits, pipeline
 from starflow2_jax.data.sequences import (
@@ -142,11 +143,11 @@ def test_packed_rows_hold_whole_documents(tokenizer):
         np.testing.assert_array_equal(value, after[name])
 
 
-@pytest.mark.parametrize("patch, tokens", [(4, 16), (7, 49)])
-def test_patch_codec_is_an_exact_change_of_variables(x64, patch, tokens):
+@pytest.mark.parametrize("patch, tokens, smooth", [(4, 16, 0), (4, 16, 2), (7, 49, 49)])
+def test_patch_codec_is_an_exact_change_of_variables(x64, patch, tokens, smooth):
     images = digits.load_splits()["tune"].images
-    fitted = fit_patch_codec(images, patch, 0)
-    wide = {n: jnp.asarray(getattr(fitted, n), jnp.float64) for n in ("basis", "divisors")}
+    fitted = fit_patch_codec(images, patch, 0, smooth)
+    wide = {n: jnp.asarray(getattr(fitted, n), jnp.float64) for n in ("basis", "waves", "divisors")}
     codec = dataclasses.replace(fitted, **wide)
     uniform = np.random.default_rng(1).random(images.shape)
     x = codec.encode(jnp.asarray(images), uniform)
@@ -167,8 +168,20 @@ def test_a_band_holds_one_coefficient_of_every_patch():
     images[0, 8:12, 20:24] = 255 - images[0, 8:12, 20:24]  # the patch in row 2, column 5 of 7
     after = np.asarray(codec.encode(jnp.asarray(images[:1]), 0.5))
     assert np.unique(np.argwhere(before != after)[:, 2]).tolist() == [2 * 7 + 5]
-    spread = np.square(codec.divisors).mean(0)
+    spread = np.square(codec.divisors).mean(1)
     assert np.all(np.diff(spread) < 0)  # coarse to fine
+
+
+def test_waves_of_a_smooth_map_are_few():
+    """A level picture is one wave of the coarsest map; the fine maps stay where they are."""
+    images = digits.load_splits()["tune"].images
+    codec = fit_patch_codec(images, 4, 0, smooth=1)
+    plain = fit_patch_codec(images, 4, 0)
+    level = jnp.full((1, 28, 28, 1), 100, jnp.uint8)
+    coarse = np.asarray(codec.encode(level, 0.5) * codec.divisors)[0, 0]
+    map_of_it = np.asarray(plain.encode(level, 0.5) * plain.divisors)[0, 0].reshape(7, 7)
+    np.testing.assert_allclose(coarse, scipy.fft.dctn(map_of_it, norm="ortho").ravel(), atol=1e-5)
+    np.testing.assert_allclose(np.asarray(codec.waves)[1:], np.asarray(plain.waves)[1:])
 
 
 def test_patches_that_do_not_fill_the_image():

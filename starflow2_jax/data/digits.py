@@ -235,6 +235,7 @@ class DigitsData:
         self,
         *,
         patch: int,
+        smooth: int,
         copies: int,
         raw_share: float,
         mixtures: Mapping[str, Mapping[Task, float]],
@@ -244,6 +245,7 @@ class DigitsData:
 
         Args:
             patch: side of a patch in pixels; its coefficients, coarse to fine, are the tokens.
+            smooth: how many of them are written as waves, see `fit_patch_codec`.
             copies: affine copies of each training digit.
             raw_share: of the training images shown, how many are unwarped ones.
             mixtures: shares of the tasks, by stage.
@@ -253,7 +255,7 @@ class DigitsData:
         train = splits["train"]
         self.tokenizer = tokenizer()
         self.image = ImageShape(28, 28, 1, patch)
-        self.codec = fit_patch_codec(train.images, patch, seed)
+        self.codec = fit_patch_codec(train.images, patch, seed, smooth)
         self._mixtures = mixtures
         raw = len(train.labels)
         self._training = Conversations(

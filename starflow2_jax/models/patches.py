@@ -1,9 +1,10 @@
 """Pixels as latents: an exact linear change of variables of dequantised 8-bit patches.
 
-The pixels p = 2 (k + U[0, 1)) / 256 - 1 of each patch become coefficients (p basis) / divisors, and
-coefficient n of every patch makes token n: a picture comes from coarse to fine, and its first token
-shows the whole of it. The log-determinant is a constant, so a density of x is a density of the
-8-bit image. Letters: B images, H, W pixels, P patches of K values; N = K tokens of C = P channels.
+The pixels p = 2 (k + U[0, 1)) / 256 - 1 of each patch become coefficients p basis, and coefficient
+n of every patch makes token n: a picture comes from coarse to fine, and its first token shows the
+whole of it. The maps of the coarsest coefficients are written as waves over the picture. The
+log-determinant is a constant, so a density of x is a density of the 8-bit image.
+Letters: B images, H, W pixels, P patches of K values; N = K tokens of C = P channels.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.fft
 
 from starflow2_jax.models.codec import Codec
 
@@ -46,26 +48,28 @@ def dequantised(images: jax.Array, uniform: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PatchCodec:
-    """An orthonormal basis of the patches, coarse to fine, and a divisor for each coefficient.
+    """An orthonormal basis of the patches, coarse to fine, and a divisor for each number.
 
     Attributes:
         order: int32 [P * K], the pixel (of the flattened image) at each place of each patch.
         basis: [K, K], orthonormal columns.
-        divisors: [P, K], positive.
+        waves: [K, P, P], orthonormal columns, in which the map of coefficient n over the patches is
+            written; the identity leaves it as it is.
+        divisors: [K, P], positive.
         shape: (H, W, channels).
     """
 
     order: jax.Array
     basis: jax.Array
+    waves: jax.Array
     divisors: jax.Array
     shape: tuple[int, int, int] = dataclasses.field(metadata={"static": True})
 
     def encode(self, images: jax.Array, uniform: jax.Array) -> jax.Array:
         """uint8 [B, H, W, channels] and U[0, 1) noise of that shape -> x [B, N, C]."""
         pixels = dequantised(images, uniform).reshape(images.shape[0], -1)
-        patches = pixels[:, self.order].reshape(images.shape[0], *self.divisors.shape)
-        coefficients = patches @ self.basis / self.divisors  # [B, P, K]
-        return coefficients.mT
+        patches = pixels[:, self.order].reshape(images.shape[0], -1, len(self.basis))
+        return jnp.einsum("bpk,kpc->bkc", patches @ self.basis, self.waves) / self.divisors
 
     def latents(
         self,
@@ -83,7 +87,8 @@ class PatchCodec:
 
     def decode(self, x: jax.Array) -> jax.Array:
         """x [B, N, C] -> real pixels [B, H, W, channels] on the [-1, 1) scale."""
-        patches = (x.mT * self.divisors) @ self.basis.T
+        coefficients = jnp.einsum("bkc,kpc->bpk", x * self.divisors, self.waves)
+        patches = coefficients @ self.basis.T  # [B, P, K]
         pixels = patches.reshape(len(x), -1)[:, jnp.argsort(self.order)]
         return pixels.reshape(len(x), *self.shape)
 
@@ -149,7 +154,13 @@ def patch_order(height: int, width: int, channels: int, patch: int) -> np.ndarra
     return grid.reshape(rows * columns, -1)
 
 
-def fit_patch_codec(images: np.ndarray, patch: int, seed: int) -> PatchCodec:
+def cosine_waves(height: int, width: int) -> np.ndarray:
+    """The two-dimensional DCT-II of a map of this size: orthonormal columns [P, P], P = h * w."""
+    rows, columns = (scipy.fft.dct(np.eye(n), axis=0, norm="ortho") for n in (height, width))
+    return np.kron(rows, columns).T
+
+
+def fit_patch_codec(images: np.ndarray, patch: int, seed: int, smooth: int = 0) -> PatchCodec:
     """Principal axes of the dequantised patches, with root mean squares as divisors.
 
     The axes are those of the images and their negatives taken together, so that the mean is zero
@@ -159,6 +170,9 @@ def fit_patch_codec(images: np.ndarray, patch: int, seed: int) -> PatchCodec:
         images: uint8 [B, H, W, channels].
         patch: side of a patch in pixels.
         seed: of the dequantisation.
+        smooth: how many of the coarsest coefficients' maps are written in cosines. Neighbours on a
+            coarse map go together, which a Gaussian that is diagonal in a token cannot say; in
+            cosines they hardly do. Empty places of a fine map are better left where they are.
 
     Raises:
         ValueError: the patches do not fill the images.
@@ -170,9 +184,14 @@ def fit_patch_codec(images: np.ndarray, patch: int, seed: int) -> PatchCodec:
     flat = patches.reshape(-1, order.shape[1])
     variances, axes = np.linalg.eigh(flat.T @ flat / len(flat))
     basis = axes[:, np.argsort(-variances)]
+    places, values = order.shape
+    waves = np.tile(np.eye(places), (values, 1, 1))
+    waves[:smooth] = cosine_waves(images.shape[1] // patch, images.shape[2] // patch)
+    tokens = np.einsum("bpk,kpc->bkc", patches @ basis, waves, optimize=True)
     return PatchCodec(
         order=jnp.asarray(order.ravel()),
         basis=jnp.asarray(basis, jnp.float32),
-        divisors=jnp.asarray(np.sqrt(np.square(patches @ basis).mean(0)), jnp.float32),
+        waves=jnp.asarray(waves, jnp.float32),
+        divisors=jnp.asarray(np.sqrt(np.square(tokens).mean(0)), jnp.float32),
         shape=images.shape[1:],
     )
