@@ -83,7 +83,7 @@ def make(model=None, config=SIZES, unconditional=UNCONDITIONAL, **options):
 
 
 def traced():
-    return [f._cache_size() for f in (slots.read, slots.seat, slots.advance)]
+    return [f._cache_size() for f in (slots.read, slots.advance)]
 
 
 @pytest.fixture(scope="module")
