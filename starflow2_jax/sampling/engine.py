@@ -48,8 +48,11 @@ from starflow2_jax.sampling.generate import (
 from starflow2_jax.sampling.prompts import Piece, Row, extended, rest, shared
 from starflow2_jax.sampling.state import Mode, RowSettings, SampleState
 
-READ_TOGETHER = 4
-"""Rows whose prompts are read in one call: a lone prompt costs the products of as many."""
+SHORT_PIECES = (8, 16)
+"""Positions that prompts, or what is new of them, are filled up to; longer ones to `chunk`."""
+
+READ_TOGETHER = 32
+"""Positions of one call that reads several prompts: a lone short one costs as much as that."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,7 @@ class EngineConfig:
         context: most positions of a request, its prompt included.
         images: I, most images of one reply.
         chunk: positions of a prompt that are read at a time, between the steps of the others.
-        chunks: calls that read such pieces, of up to `READ_TOGETHER` rows each, in one of `poll`.
+        chunks: calls that read such a piece, or short prompts of several rows, in one of `poll`.
         steps: decode steps in one call of `poll`, fewer where others wait for rows that are done.
     """
 
@@ -263,7 +266,7 @@ class Engine:
         """Compiles what any request without views needs; only while no request is there."""
         token = np.array([self._shape.special.end], np.int32)
         none = np.zeros((0, self._shape.flow.tokens, self._shape.flow.channels), np.float32)
-        for length in dict.fromkeys((1, min(self.config.chunk, self.config.context - 1))):
+        for length in dict.fromkeys(min(n, self.config.context - 1) for n in self._pieces()):
             ids = np.repeat(token, length)
             places = np.repeat(np.arange(length)[:, None], 3, 1)
             kinds = np.full(length, Kind.TEXT)
@@ -356,7 +359,7 @@ class Engine:
                     for index in order
                     if self._piece(index) == size and not self._seats[index].request.row.views
                 ]
-                group = alike[:READ_TOGETHER]
+                group = alike[: self._lanes(size)]
             chunk = self._chunk(group, size)
             state, self._settings = slots.read(self._model, self._state, self._settings, chunk)
             self._state = self._in_place(state)
@@ -374,19 +377,28 @@ class Engine:
 
         A row with views is one piece, of a length that is compiled for it.
         """
-        seat, context = self._seats[index], self.config.context
+        seat = self._seats[index]
         left = len(seat.request.row) - seat.read
         if seat.request.row.views:
-            return min(bucket(max(SHORTEST_PROMPT, left), 4), context)
-        short = min(SHORTEST_PROMPT, self.config.chunk)
-        return min(short if left <= short else self.config.chunk, context)
+            return min(bucket(max(SHORTEST_PROMPT, left), 4), self.config.context)
+        sizes = self._pieces()
+        return next((size for size in sizes if size >= left), sizes[-1])
+
+    def _pieces(self) -> list[int]:
+        """T of the calls that read prompts without views, ascending."""
+        most = min(self.config.chunk, self.config.context)
+        return [size for size in SHORT_PIECES if size < most] + [most]
+
+    def _lanes(self, size: int) -> int:
+        """G of the calls that read pieces of `size` positions without views."""
+        return max(1, min(READ_TOGETHER // size, self.config.rows))
 
     def _chunk(self, group: Sequence[int], size: int) -> slots.Chunk:
         """The next pieces of some rows, of up to `size` positions each."""
         flow, rows = self._shape.flow, self.config.rows
         seats = [self._seats[index] for index in group]
         views = None
-        many = 1 if seats[0].request.row.views else min(READ_TOGETHER, rows)
+        many = 1 if seats[0].request.row.views else self._lanes(size)
         tokens, kinds = np.zeros((many, size), np.int32), np.zeros((many, size), np.int32)
         positions = np.zeros((3, many, size), np.int32)
         u = np.zeros((many, size, flow.channels), self._state.u.dtype)
@@ -424,7 +436,7 @@ class Engine:
             self._halted,
             np.int32(self.config.steps),
             # Rows that are done do not wait for the others where their prompts can be read at once.
-            np.int32(READ_TOGETHER if self._queue else self.config.rows),
+            np.int32(self._lanes(SHORT_PIECES[0]) if self._queue else self.config.rows),
         )
         self._state = state = self._in_place(state)
         self.steps += self.config.steps
