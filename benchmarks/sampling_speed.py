@@ -155,7 +155,7 @@ def steps(model: Model, count: int = 32) -> Iterator[Row]:
             times = []
             for _ in range(PAIRS + 1):
                 fresh = jax.block_until_ready(begun(mode))
-                fixed = settings, halted, np.int32(steps_now)
+                fixed = settings, halted, np.int32(steps_now), np.int32(rows)
                 run = functools.partial(slots.advance, decoder, fresh, *fixed)
                 times.append(timed(run) / steps_now)
             seconds = statistics.median(times[1:])
@@ -218,17 +218,17 @@ def engine(model: Model) -> Iterator[Row]:
 
     for which in made.values():
         which.warm_up()
-    traced = [f._cache_size() for f in (slots.read, slots.seat, slots.advance)]
+    traced = [f._cache_size() for f in (slots.read, slots.advance)]
     many, one = taking_turns(lambda: serve(made[16], requests), lambda: serve(made[1], requests))
     ratio = statistics.median(b / a for a, b in zip(many, one, strict=True))
-    assert traced == [f._cache_size() for f in (slots.read, slots.seat, slots.advance)]
+    assert traced == [f._cache_size() for f in (slots.read, slots.advance)]
     rate = len(requests) / statistics.median(many)
     yield row("engine/16_rows", rate, "requests/s", ratio=ratio)
     yield row("engine/1_row", len(requests) / statistics.median(one), "requests/s")
     together = serve(made[16], requests[::-1])[::-1]
     alone = [serve(made[16], [request])[0] for request in requests]
     equal = sum(a == b for a, b in zip(together, alone, strict=True))
-    assert traced == [f._cache_size() for f in (slots.read, slots.seat, slots.advance)]
+    assert traced == [f._cache_size() for f in (slots.read, slots.advance)]
     yield row("engine/bit_equal_alone", equal, f"of {len(requests)} requests")
 
 

@@ -46,7 +46,13 @@ from starflow2_jax.sampling.generate import (
     reason_of,
 )
 from starflow2_jax.sampling.prompts import Piece, Row, extended, rest, shared
-from starflow2_jax.sampling.state import Mode, RowSettings, SampleState, row_settings
+from starflow2_jax.sampling.state import Mode, RowSettings, SampleState
+
+SHORT_PIECES = (8, 16)
+"""Positions that prompts, or what is new of them, are filled up to; longer ones to `chunk`."""
+
+READ_TOGETHER = 32
+"""Positions of one call that reads several prompts: a lone short one costs as much as that."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +66,8 @@ class EngineConfig:
         context: most positions of a request, its prompt included.
         images: I, most images of one reply.
         chunk: positions of a prompt that are read at a time, between the steps of the others.
-        chunks: such pieces in one call of `poll`.
-        steps: decode steps in one call of `poll`.
+        chunks: calls that read such a piece, or short prompts of several rows, in one of `poll`.
+        steps: decode steps in one call of `poll`, fewer where others wait for rows that are done.
     """
 
     rows: int = 8
@@ -98,16 +104,17 @@ class Request:
     keep: bool = False
 
     def settings(self) -> RowSettings:
-        """Of one row."""
-        return row_settings(
-            1,
-            seed=[self.seed],
-            temperature=self.temperature,
-            top_p=self.top_p,
-            image_temperature=self.image_temperature,
-            guidance=self.guidance,
-            max_new_tokens=self.max_new_tokens,
-            max_images=self.max_images,
+        """Of one row, on the host."""
+        wide = jnp.result_type(float)
+        one = lambda value, dtype: np.asarray([value], dtype)
+        return RowSettings(
+            seed=one(self.seed, np.uint32),
+            temperature=one(self.temperature, wide),
+            top_p=one(self.top_p, wide),
+            image_temperature=one(self.image_temperature, wide),
+            guidance=one(self.guidance, wide),
+            max_new_tokens=one(self.max_new_tokens, np.int32),
+            max_images=one(self.max_images, np.int32),
         )
 
 
@@ -259,7 +266,7 @@ class Engine:
         """Compiles what any request without views needs; only while no request is there."""
         token = np.array([self._shape.special.end], np.int32)
         none = np.zeros((0, self._shape.flow.tokens, self._shape.flow.channels), np.float32)
-        for length in dict.fromkeys((1, min(self.config.chunk, self.config.context - 1))):
+        for length in dict.fromkeys(min(n, self.config.context - 1) for n in self._pieces()):
             ids = np.repeat(token, length)
             places = np.repeat(np.arange(length)[:, None], 3, 1)
             kinds = np.full(length, Kind.TEXT)
@@ -334,66 +341,91 @@ class Engine:
             self.reused += start
 
     def _read(self) -> None:
-        """Reads a few chunks of prompts, oldest request first; lets those begin that are read."""
-        reading = [
-            (seat.number, index)
-            for index, seat in enumerate(self._seats)
-            if seat.number is not None and seat.reader is None
-        ]
-        left = self.config.chunks
-        for _, index in sorted(reading):
-            seat = self._seats[index]
-            while left and seat.read < len(seat.request.row):
-                chunk, count = self._chunk(seat.request.row, seat.read)
-                state = slots.read(self._model, self._state, np.int32(index), chunk)
-                self._state = self._in_place(state)
-                seat.read += count
-                self.fed += count
-                self.reads += 1
-                left -= 1
-            if seat.read < len(seat.request.row):
+        """Reads a few pieces of prompts, oldest request first; lets those begin that are read."""
+        for _ in range(self.config.chunks):
+            waiting = [
+                (seat.number, index)
+                for index, seat in enumerate(self._seats)
+                if seat.number is not None and seat.reader is None
+            ]
+            if not waiting:
                 return
-            state, self._settings = slots.seat(
-                self._model,
-                self._state,
-                self._settings,
-                np.int32(index),
-                seat.request.settings(),
-            )
+            order = [index for _, index in sorted(waiting)]
+            size = self._piece(order[0])
+            group = order[:1]
+            if not self._seats[group[0]].request.row.views:
+                alike = [
+                    index
+                    for index in order
+                    if self._piece(index) == size and not self._seats[index].request.row.views
+                ]
+                group = alike[: self._lanes(size)]
+            chunk = self._chunk(group, size)
+            state, self._settings = slots.read(self._model, self._state, self._settings, chunk)
             self._state = self._in_place(state)
-            self._halted[index] = False
-            seat.reader = Reader(seat.number, seat.read, self._shape, seat.request.stop)
+            self.reads += 1
+            for lane, index in enumerate(group):
+                seat = self._seats[index]
+                seat.read += int(chunk.count[lane])
+                self.fed += int(chunk.count[lane])
+                if chunk.begins[lane]:
+                    self._halted[index] = False
+                    seat.reader = Reader(seat.number, seat.read, self._shape, seat.request.stop)
 
-    def _chunk(self, row: Row, start: int) -> tuple[slots.Chunk, int]:
-        """The next piece of a row, and how many positions it has.
+    def _piece(self, index: int) -> int:
+        """T of the call that reads a row's next piece; of nothing but the row and where it is.
 
         A row with views is one piece, of a length that is compiled for it.
         """
-        flow, config = self._shape.flow, self.config
-        left = len(row) - start
-        if row.views:
-            count, size = left, min(bucket(max(SHORTEST_PROMPT, left), 4), config.context)
-        else:
-            count = min(left, config.chunk)
-            size = SHORTEST_PROMPT if count <= SHORTEST_PROMPT else config.chunk
-            size = min(size, config.context)
-        here = slice(start, start + count)
-        tokens, kinds = np.zeros((1, size), np.int32), np.zeros((1, size), np.int32)
-        positions = np.zeros((3, 1, size), np.int32)
-        u = np.zeros((1, size, flow.channels), self._state.u.dtype)
-        tokens[0, :count], kinds[0, :count] = row.tokens[here], row.kinds[here]
-        positions[:, 0, :count] = row.positions[here].T
-        latent = row.kinds == Kind.LATENT
-        before = int(latent[:start].sum())
-        inside = np.flatnonzero(latent[here])
-        u[0, inside] = row.u.reshape(-1, flow.channels)[before : before + len(inside)]
+        seat = self._seats[index]
+        left = len(seat.request.row) - seat.read
+        if seat.request.row.views:
+            return min(bucket(max(SHORTEST_PROMPT, left), 4), self.config.context)
+        sizes = self._pieces()
+        return next((size for size in sizes if size >= left), sizes[-1])
+
+    def _pieces(self) -> list[int]:
+        """T of the calls that read prompts without views, ascending."""
+        most = min(self.config.chunk, self.config.context)
+        return [size for size in SHORT_PIECES if size < most] + [most]
+
+    def _lanes(self, size: int) -> int:
+        """G of the calls that read pieces of `size` positions without views."""
+        return max(1, min(READ_TOGETHER // size, self.config.rows))
+
+    def _chunk(self, group: Sequence[int], size: int) -> slots.Chunk:
+        """The next pieces of some rows, of up to `size` positions each."""
+        flow, rows = self._shape.flow, self.config.rows
+        seats = [self._seats[index] for index in group]
         views = None
-        if row.views:
+        many = 1 if seats[0].request.row.views else self._lanes(size)
+        tokens, kinds = np.zeros((many, size), np.int32), np.zeros((many, size), np.int32)
+        positions = np.zeros((3, many, size), np.int32)
+        u = np.zeros((many, size, flow.channels), self._state.u.dtype)
+        index, start, counts = np.full(many, rows, np.int32), *np.zeros((2, many), np.int32)
+        begins = np.zeros(many, bool)
+        for lane, seat in enumerate(seats):
+            row = seat.request.row
+            count = min(len(row) - seat.read, size)
+            here = slice(seat.read, seat.read + count)
+            index[lane], start[lane], counts[lane] = group[lane], seat.read, count
+            begins[lane] = seat.read + count == len(row)
+            tokens[lane, :count], kinds[lane, :count] = row.tokens[here], row.kinds[here]
+            positions[:, lane, :count] = row.positions[here].T
+            latent = row.kinds == Kind.LATENT
+            before = int(latent[: seat.read].sum())
+            inside = np.flatnonzero(latent[here])
+            u[lane, inside] = row.u.reshape(-1, flow.channels)[before : before + len(inside)]
+        if seats[0].request.row.views:
             tower = self._shape.vlm.vision
-            packed = pack_views([rest(row, start).views], kinds, tower)
+            packed = pack_views([rest(seats[0].request.row, seats[0].read).views], kinds, tower)
             views = jax.tree.map(jnp.asarray, packed)
-        chunk = slots.Chunk(tokens, kinds, positions, u, np.int32(start), np.int32(count), views)
-        return chunk, count
+        each = [seat.request.settings() for seat in seats]
+        each += each[:1] * (many - len(each))
+        settings = jax.tree.map(lambda *leaves: np.concatenate(leaves), *each)
+        return slots.Chunk(
+            index, tokens, kinds, positions, u, start, counts, begins, settings, views
+        )
 
     def _step(self) -> list[Event]:
         """Some steps of every row, and what they gave."""
@@ -403,6 +435,8 @@ class Engine:
             self._settings,
             self._halted,
             np.int32(self.config.steps),
+            # Rows that are done do not wait for the others where their prompts can be read at once.
+            np.int32(self._lanes(SHORT_PIECES[0]) if self._queue else self.config.rows),
         )
         self._state = state = self._in_place(state)
         self.steps += self.config.steps

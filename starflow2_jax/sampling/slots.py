@@ -1,11 +1,11 @@
 """The device's side of the engine: a fixed set of rows that requests join and leave.
 
-Three programs, each compiled once: `read` feeds a chunk of one row's prompt, `seat` lets the row
-begin, and `advance` steps all rows. A row's numbers depend on the number of rows and twins alone,
-not on which row it is or on what the others do.
+Two programs, each compiled once for a shape: `read` feeds pieces of the prompts of a few rows and
+lets those begin that are read, and `advance` steps all rows. A row's numbers depend on the number
+of rows and twins alone, not on which row it is or on what the others do.
 
-Letters: B rows, P twins, R = B + P cache rows, T positions of a chunk, M cache slots, I images,
-N tokens per image, C latent channels.
+Letters: B rows, P twins, R = B + P cache rows, G rows that are read together, T positions of a
+piece, M cache slots, I images, N tokens per image, C latent channels.
 """
 
 import dataclasses
@@ -108,95 +108,118 @@ def empty(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """A piece of one row's prompt.
+    """Pieces of the prompts of G rows, one each.
 
     Attributes:
-        tokens, kinds: int32 [1, T].
-        positions: int32 [3, 1, T].
-        u: [1, T, C], at LATENT positions.
-        start: int32 [], positions of the row before it; what is cached behind is forgotten.
-        count: int32 [], at least 1: how many of the T there are.
+        rows: int32 [G], whose they are, none of them twice; B: there is none.
+        tokens, kinds: int32 [G, T].
+        positions: int32 [3, G, T].
+        u: [G, T, C], at LATENT positions.
+        start: int32 [G], positions of the row before it; what is cached behind is forgotten.
+        count: int32 [G], at least 1 where there is a piece: how many of the T there are.
+        begins: bool [G], it is the last piece: the row begins to sample.
+        settings: of G rows, as those sample that begin.
         views: what stands at VIT positions; None if nothing does.
     """
 
+    rows: jax.Array
     tokens: jax.Array
     kinds: jax.Array
     positions: jax.Array
     u: jax.Array
     start: jax.Array
     count: jax.Array
+    begins: jax.Array
+    settings: RowSettings
     views: Views | None = None
 
 
-def _rows_of(caches: Any, row: jax.Array) -> Any:
-    """One row of the caches, as caches of one row."""
-    take = lambda a: jax.lax.dynamic_slice_in_dim(a, row, 1, axis=step.row_axis(a))
-    return jax.tree.map(take, caches)
+def _rows_of(stored: jax.Array, rows: jax.Array) -> jax.Array:
+    """Some rows, int32 [G], of a cache's leaf; what a row beyond the last gives has no meaning."""
+    axis = step.row_axis(stored)
+    one = lambda row: jax.lax.dynamic_slice_in_dim(stored, row, 1, axis)
+    return jnp.concatenate([one(rows[n]) for n in range(len(rows))], axis)
 
 
-@jax.jit(donate_argnames=("state",))
-def read(model: Pretzel, state: SampleState, row: jax.Array, chunk: Chunk) -> SampleState:
-    """Feeds a chunk to one row, int32 [], which does not sample yet."""
-    length = chunk.tokens.shape[1]
-    mine = {
-        name: cache | {"length": chunk.start[None]}
-        for name, cache in _rows_of(state.caches, row).items()
-    }
-    spec = AttentionSpec(lengths=chunk.count[None])
-    streams = model.run(
-        chunk.tokens, chunk.kinds, chunk.positions, chunk.u, spec, caches=mine, views=chunk.views
-    )
-    put = lambda a, b: jax.lax.dynamic_update_slice_in_dim(
-        a, b.astype(a.dtype), row, axis=step.row_axis(a)
-    )
-    at = chunk.count - 1
-    # Text: its id + 1. An image's last token: the image's first id + side.
-    position = chunk.positions[:, 0, at].max() + 1
-    slot = jnp.arange(state.tokens.shape[1])
-    new = (slot >= chunk.start) & (slot < chunk.start + chunk.count)
-
-    def written(old: jax.Array, values: jax.Array) -> jax.Array:
-        spread = values[0, jnp.clip(slot - chunk.start, 0, length - 1)]
-        return old.at[row].set(jnp.where(new, spread, old[row]))
-
-    state = dataclasses.replace(
-        state,
-        caches=jax.tree.map(put, state.caches, streams.caches),
-        position=state.position.at[row].set(position),
-        y=state.y.at[row].set(streams.y[0, at]),
-        g=state.g.at[row].set(streams.g[0, at]),
-        tokens=written(state.tokens, chunk.tokens),
-        kinds=written(state.kinds, chunk.kinds),
-    )
-    return _placed(state)
+def _with_rows(stored: jax.Array, new: jax.Array, rows: jax.Array, there: jax.Array) -> jax.Array:
+    """A cache's leaf with new rows, those that a bool mask [G] says are there."""
+    axis = step.row_axis(stored)
+    new = new.astype(stored.dtype)
+    # Whole rows one after another are copies of memory; a scatter goes number by number on a CPU.
+    for n in range(len(rows)):
+        old = jax.lax.dynamic_slice_in_dim(stored, rows[n], 1, axis)
+        mine = jnp.where(there[n], jax.lax.slice_in_dim(new, n, n + 1, axis=axis), old)
+        stored = jax.lax.dynamic_update_slice_in_dim(stored, mine, rows[n], axis)
+    return stored
 
 
 @jax.jit(donate_argnames=("state", "settings"))
-def seat(
-    model: Pretzel, state: SampleState, settings: RowSettings, row: jax.Array, mine: RowSettings
+def read(
+    model: Pretzel, state: SampleState, settings: RowSettings, chunk: Chunk
 ) -> tuple[SampleState, RowSettings]:
-    """The row, int32 [], whose prompt has been read begins to sample as `mine`, of one row, says.
+    """Feeds pieces of prompts to rows that do not sample yet; lets those begin that are read.
 
-    A row that may not begin (no room, no tokens) stays DONE.
+    A row that may not begin (no room, no tokens) stays DONE. What a row gets depends on G and T,
+    not on which of the G it is or on what the others are.
     """
     config = model.config
-    last = state.length[row] - 1
-    mode = step.mode_behind(state.tokens[row, last], state.kinds[row, last], config.special)
-    settings = jax.tree.map(lambda a, b: a.at[row].set(b[0]), settings, mine)
-    zero = lambda a: a.at[row].set(0)
+    group, length = chunk.tokens.shape
+    (rows,) = state.mode.shape
+    there = chunk.rows < rows
+    # Beyond the rows lie the twins: nothing of them is read or written here.
+    near = jnp.minimum(chunk.rows, rows - 1)
+    mine = {
+        name: jax.tree.map(lambda a: _rows_of(a, near), cache) | {"length": chunk.start}
+        for name, cache in state.caches.items()
+    }
+    spec = AttentionSpec(lengths=chunk.count)
+    streams = model.run(
+        chunk.tokens, chunk.kinds, chunk.positions, chunk.u, spec, caches=mine, views=chunk.views
+    )
+    lane = jnp.arange(group)
+    at = jnp.maximum(chunk.count - 1, 0)
+    # Text: its id + 1. An image's last token: the image's first id + side.
+    position = chunk.positions[:, lane, at].max(0) + 1
+    # Where the row is none of theirs, the write is dropped: behind the last there are twins.
+    put = lambda old, new, which: old.at[jnp.where(which, chunk.rows, len(old))].set(
+        new.astype(old.dtype), mode="drop"
+    )
+    slot = jnp.arange(state.tokens.shape[1]) - chunk.start[:, None]  # [G, M]
+    new = (slot >= 0) & (slot < chunk.count[:, None])
+
+    def written(old: jax.Array, values: jax.Array) -> jax.Array:
+        spread = jnp.take_along_axis(values, jnp.clip(slot, 0, length - 1), 1)
+        return put(old, jnp.where(new, spread, old[near]), there)
+
     state = dataclasses.replace(
         state,
-        mode=state.mode.at[row].set(mode),
+        caches=jax.tree.map(
+            lambda old, new: _with_rows(old, new, near, there), state.caches, streams.caches
+        ),
+        position=put(state.position, position, there),
+        y=put(state.y, streams.y[lane, at], there),
+        g=put(state.g, streams.g[lane, at], there),
+        tokens=written(state.tokens, chunk.tokens),
+        kinds=written(state.kinds, chunk.kinds),
+    )
+    begins = chunk.begins & there
+    mode = step.mode_behind(chunk.tokens[lane, at], chunk.kinds[lane, at], config.special)
+    settings = jax.tree.map(lambda old, new: put(old, new, begins), settings, chunk.settings)
+    zero = lambda old: put(old, jnp.zeros_like(chunk.rows), begins)
+    state = dataclasses.replace(
+        state,
+        mode=put(state.mode, mode, begins),
         drawn=zero(state.drawn),
         draws=zero(state.draws),
         texts=zero(state.texts),
         images=zero(state.images),
     )
     if state.prefix is not None:
+        again = (state.twins[:, None] == jnp.where(begins, chunk.rows, rows)[None]).any(1)
         state = dataclasses.replace(
             state,
             # A request that was ended inside an image still held one.
-            twins=jnp.where(state.twins == row, -1, state.twins),
+            twins=jnp.where(again, -1, state.twins),
             waited=zero(state.waited),
         )
     return _placed(step.settled(state, settings, config.flow.tokens)), _placed(settings)
@@ -209,8 +232,12 @@ def advance(
     settings: RowSettings,
     halted: jax.Array,
     steps: jax.Array,
+    enough: jax.Array,
 ) -> SampleState:
-    """Ends the rows of a mask bool [B], then up to `steps` steps of the others; see `step.step`."""
+    """Ends the rows of a mask bool [B], then steps the others; see `step.step`.
+
+    Up to `steps` steps, fewer once `enough` more rows are DONE: both int32 [].
+    """
     mode = jnp.where(halted, Mode.DONE, state.mode).astype(jnp.int32)
     state = dataclasses.replace(state, mode=mode)
-    return _placed(step.steps_of(model, state, settings, steps))
+    return _placed(step.steps_of(model, state, settings, steps, enough))

@@ -516,13 +516,19 @@ def step(model: Pretzel, state: SampleState, settings: RowSettings) -> SampleSta
 
 
 def steps_of(
-    model: Pretzel, state: SampleState, settings: RowSettings, steps: jax.Array
+    model: Pretzel,
+    state: SampleState,
+    settings: RowSettings,
+    steps: jax.Array,
+    enough: jax.Array | None = None,
 ) -> SampleState:
-    """`advance`, inside a larger program."""
+    """`advance`, inside a larger program; ends too once `enough` more rows, int32 [], are DONE."""
+    done = lambda state: (state.mode == Mode.DONE).sum()
+    most = len(state.mode) if enough is None else jnp.minimum(len(state.mode), done(state) + enough)
 
     def goes_on(carry: tuple[SampleState, jax.Array]) -> jax.Array:
         state, left = carry
-        return (left > 0) & jnp.any(state.mode != Mode.DONE)
+        return (left > 0) & (done(state) < most)
 
     def body(carry: tuple[SampleState, jax.Array]) -> tuple[SampleState, jax.Array]:
         state, left = carry
