@@ -1,5 +1,6 @@
 """From converted parts to a run, as a user does it: the config of 7B at a tiny shape."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -13,11 +14,13 @@ from test_latents import SIZE, make_fae
 
 from starflow2_jax import Sampling, Turn, load
 from starflow2_jax.bundle import checksum
+from starflow2_jax.cli.config import load_config
 from starflow2_jax.cli.main import main
 from starflow2_jax.data.latents import LatentSource
 from starflow2_jax.errors import UserError
 from starflow2_jax.fae_bundle import load_fae, load_latent_codec, read_fae, save_fae
 from starflow2_jax.models.fae_codec import FAECodec
+from starflow2_jax.models.pretzel import starflow2_3_6b
 from starflow2_jax.training.checkpoint import load_tree
 from starflow2_jax.training.metrics import read_metrics
 from starflow2_jax.vlm_bundle import load_vlm, read_description, read_tokenizer
@@ -105,6 +108,16 @@ def test_a_run_from_converted_parts(parts, tmp_path):
     assert image.shape == (SIZE, SIZE, 3) and image.dtype == np.uint8
     [scores] = model.log_prob([[*prompt, Turn("assistant", (image,))]])
     assert np.isfinite(scores.images).all()
+
+
+def test_what_is_planned_is_the_papers_model():
+    config, module = load_config(SEVEN)
+    found = module.make_task(config, None).model_config
+    without_remat = lambda part: dataclasses.replace(part, remat="none")
+    paper = starflow2_3_6b()
+    assert without_remat(found.flow) == without_remat(paper.flow)
+    assert without_remat(found.vlm) == without_remat(paper.vlm)
+    assert (found.special, found.dtype) == (paper.special, paper.dtype)
 
 
 def test_what_is_not_given_is_named(parts, tmp_path, capsys):
