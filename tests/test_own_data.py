@@ -91,7 +91,6 @@ def test_a_run_from_converted_parts(parts, tmp_path):
     assert record["frozen_checksum_before"] == record["frozen_checksum_after"]
     # The VLM in the run's model is the converted one, in its shape and to the bit; so is the FAE.
     vlm, about = read_description(parts / "vlm")
-    assert about["checksum"] == record["frozen_checksum_after"]
     weights = load_tree(tmp_path / "model" / "weights")[0]
     assert checksum(weights["model"]["vlm"]) == about["checksum"]
     assert (
