@@ -10,7 +10,6 @@ paper's three. At the end: report.md, report.json and pictures in the work direc
 import pathlib
 
 import ml_collections
-import numpy as np
 
 from starflow2_jax.bundle import Bundle
 from starflow2_jax.data.emoji import EmojiData, EmojiSet, cached_set
@@ -21,10 +20,10 @@ from starflow2_jax.data.emoji_archive import (
     write_made,
 )
 from starflow2_jax.data.latents import LatentSource
-from starflow2_jax.data.sequences import ImageShape, Turn
+from starflow2_jax.data.sequences import ImageShape
 from starflow2_jax.data.sources import FolderSource
 from starflow2_jax.evaluation.emoji import ReportConfig, write_report
-from starflow2_jax.evaluation.pictures import grid
+from starflow2_jax.evaluation.pictures import draw_captions
 from starflow2_jax.fae_bundle import load_fae, read_fae, save_fae
 from starflow2_jax.fae_cache import cache_latents
 from starflow2_jax.model import Model, Sampling, load
@@ -164,11 +163,8 @@ def make_task(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Pretz
 
 def draw_samples(bundle: Bundle, folder: pathlib.Path, name: str) -> None:
     """A few captions, drawn with a fixed seed, into `folder/NAME.png`."""
-    folder.mkdir(parents=True, exist_ok=True)
     captions = ("grinning face", "red apple", "japan flag", "dog face", "rocket", "blue heart")
-    prompts = [[Turn("user", (caption,))] for caption in captions]
-    x = Model(bundle).draw_latents(prompts, Sampling(1.0, 0.9, seed=0))
-    grid(list(np.asarray(bundle.codec.to_uint8(x))), len(captions)).save(folder / f"{name}.png")
+    draw_captions(Model(bundle), captions, Sampling(1.0, 0.9, seed=0), folder / f"{name}.png")
 
 
 def report(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:

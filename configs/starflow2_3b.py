@@ -3,13 +3,11 @@
 starflow2 plan --config configs/starflow2_3b.py --topology v5e:8x8
 """
 
-import dataclasses
 import importlib.util
 import pathlib
 
 import ml_collections
 
-from starflow2_jax.models.pretzel import PretzelConfig, starflow2_3_6b
 from starflow2_jax.models.qwen2_5_vl import qwen2_5_vl_3b
 from starflow2_jax.training.pretzel import PretzelTask
 
@@ -19,7 +17,7 @@ _spec = importlib.util.spec_from_file_location(
 larger = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(larger)
 
-get_config, smoke = larger.get_config, larger.smoke
+smoke = larger.smoke
 
 # See starflow2_7b.py.
 TOPOLOGIES = {
@@ -30,20 +28,17 @@ TOPOLOGIES = {
 }
 
 
+def get_config() -> ml_collections.ConfigDict:
+    config = larger.get_config()
+    # 20 layers of width 2048.
+    config.flow.update(width=2048, deep_layers=14, shallow_layers=(3, 3))
+    return config
+
+
 def for_topology(config: ml_collections.ConfigDict) -> None:
     larger.apply(config, TOPOLOGIES)
 
 
-def make_model_config(config: ml_collections.ConfigDict) -> PretzelConfig:
-    # 20 layers of width 2048.
-    flow = dataclasses.replace(
-        starflow2_3_6b().flow, width=2048, deep_layers=14, shallow_layers=(3, 3)
-    )
-    return larger.with_remat(
-        dataclasses.replace(starflow2_3_6b(), vlm=qwen2_5_vl_3b(), flow=flow), config
-    )
-
-
 def make_task(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> PretzelTask:
     del workdir
-    return larger.task_of(config, make_model_config(config))
+    return larger.task_of(config, qwen2_5_vl_3b())

@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -22,6 +23,7 @@ from starflow2_jax.errors import UserError
 from starflow2_jax.models import dinov2, fae
 from starflow2_jax.models.dinov2 import DinoV2, DinoV2Config
 from starflow2_jax.models.fae import FAE, FAEConfig, FeatureFAE, Statistics
+from starflow2_jax.models.latents import LatentCodec
 from starflow2_jax.parallel.distributed import fetch
 from starflow2_jax.provenance import write_json
 from starflow2_jax.training.checkpoint import checksum, save_tree
@@ -84,33 +86,60 @@ def save_statistics(path: pathlib.Path, model: FAE) -> None:
     write_json(path, record)
 
 
+def _read_statistics(
+    path: pathlib.Path, channels: Mapping[str, int]
+) -> dict[str, dict[str, np.ndarray]]:
+    """float32 `mean` and `std` of a file's parts, of which each must have so many channels."""
+    if not path.is_file():
+        raise UserError(
+            f"there is no statistics file {path}: without mean and standard deviation of the "
+            "latents an FAE cannot be used; train it to the end, or copy its whole directory"
+        )
+    parts = {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for name, count in channels.items():
+            found = {key: np.asarray(record[name][key], np.float32) for key in ("mean", "std")}
+            for key, value in found.items():
+                if value.shape != (count,):
+                    raise UserError(
+                        f"{path}: {name}.{key} has {value.size} channels, the FAE has {count}"
+                    )
+                if not np.isfinite(value).all() or (key == "std" and (value <= 0).any()):
+                    raise UserError(f"{path}: {name}.{key} has numbers that are none it can have")
+            parts[name] = found
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} holds no statistics of an FAE ({error!r})") from error
+    return parts
+
+
 def load_statistics(path: pathlib.Path, model: FAE) -> None:
     """Puts the statistics of a file into a model.
 
     Raises:
         UserError: no such file, damaged, or of another number of channels.
     """
-    if not path.is_file():
-        raise UserError(
-            f"there is no statistics file {path}: without mean and standard deviation of the "
-            "latents an FAE cannot be used; train it to the end, or copy its whole directory"
-        )
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        for name in ("features", "latents"):
-            part: Statistics = getattr(model, name)
-            found = {key: np.asarray(record[name][key], np.float32) for key in ("mean", "std")}
-            for key, value in found.items():
-                if value.shape != part.mean.shape:
-                    raise UserError(
-                        f"{path}: {name}.{key} has {value.size} channels, the FAE has "
-                        f"{part.mean.shape[0]}"
-                    )
-                if not np.isfinite(value).all() or (key == "std" and (value <= 0).any()):
-                    raise UserError(f"{path}: {name}.{key} has numbers that are none it can have")
-            part.fill(**found)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds no statistics of an FAE ({error!r})") from error
+    parts: dict[str, Statistics] = {"features": model.features, "latents": model.latents}
+    channels = {name: part.mean.shape[0] for name, part in parts.items()}
+    for name, found in _read_statistics(path, channels).items():
+        parts[name].fill(**found)
+
+
+def load_latent_codec(folder: pathlib.Path, noise_std: float) -> LatentCodec:
+    """What training on an FAE's cached latents needs of it: its statistics, and no parameters.
+
+    Args:
+        folder: that `save_fae` wrote, or the work directory of a finished run.
+        noise_std: of the noise on the normalised latents.
+
+    Raises:
+        UserError: it is none, damaged, or its statistics are missing.
+    """
+    folder = model_folder.finished(folder)
+    config, _ = read_fae(folder)
+    found = _read_statistics(folder / STATISTICS_FILE, {"latents": config.channels})["latents"]
+    mean, std = jnp.asarray(found["mean"]), jnp.asarray(found["std"])
+    return LatentCodec(mean, std, config.tokens, noise_std)
 
 
 def save_fae(

@@ -15,6 +15,7 @@ from starflow2_jax.data.latents import CacheShape, names_checksum, write_cache
 from starflow2_jax.data.sequences import ImageShape
 from starflow2_jax.data.sources import (
     ArrayRecordSource,
+    ConversationSource,
     FolderSource,
     ParquetSource,
     Source,
@@ -30,6 +31,7 @@ _SOURCES = {
     ".tar": WebDatasetSource,
     ".parquet": ParquetSource,
     ".array_record": ArrayRecordSource,
+    ".jsonl": ConversationSource,
 }
 
 
@@ -54,7 +56,7 @@ class Rates:
 
 
 def open_images(data: str | os.PathLike[str]) -> Source:
-    """A folder of image files; or files of tar, Parquet or ArrayRecord, by a path or a pattern.
+    """A folder of image files; or files of tar, Parquet, ArrayRecord or JSONL, by a pattern.
 
     Raises:
         UserError: no such files, or of another kind.

@@ -23,6 +23,8 @@ MAY_CHANGE = (
     "config.checkpoint",
     "config.log_every",
     "config.log_seconds",
+    "config.data.threads",
+    "config.data.workers",
     "config.profile",
     "config.wandb",
 )

@@ -26,6 +26,7 @@ _LATENTS_EPILOG = """\
 examples:
   starflow2 data latents --fae runs/fae --data emoji/train --out latents/train --keep file
   starflow2 data latents --fae FAE --data 'cc12m/*.tar' --image jpg --keep txt --out latents
+  starflow2 data latents --fae FAE --data llava.jsonl --keep conversations --out latents
 
 result:
   DIR/latents-*.array_record  tf.train.Example with moments (bfloat16, tokens x 2 channels: means,
@@ -64,7 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--data",
         metavar="PATH",
         required=True,
-        help="folder of images; or .tar, .parquet, .array_record files, by a pattern with *",
+        help="folder of images; or .tar, .parquet, .array_record, .jsonl files, also as a pattern",
     )
     latents.add_argument("--out", metavar="DIR", required=True, help="folder of the cache")
     latents.add_argument("--image", metavar="FIELD", default="image", help="field of the images")

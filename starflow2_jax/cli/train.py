@@ -8,6 +8,7 @@ another config is refused.
 import argparse
 
 from starflow2_jax.cli.config import load_config
+from starflow2_jax.errors import UserError
 from starflow2_jax.provenance import claim_workdir
 
 SUMMARY = "train a model, or continue a run"
@@ -57,7 +58,12 @@ def run(args: argparse.Namespace) -> None:
         Interrupted: stopped from outside, state saved.
     """
     given = [(name, getattr(args, name)) for name in ("vlm", "fae") if getattr(args, name)]
-    config, module = load_config(args.config, [*args.overrides, *given])
+    config, module = load_config(args.config, args.overrides, given)
+    for name, _ in given:
+        if name not in config:
+            raise UserError(
+                f"--{name}: {args.config} takes none; it has no entry config.{name} to set"
+            )
     import jax
 
     from starflow2_jax.data.batches import skipped_log

@@ -3,9 +3,13 @@
 import pathlib
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from PIL import Image
 
+from starflow2_jax.data.sequences import Turn
+from starflow2_jax.model import Model, Sampling
+from starflow2_jax.parallel.distributed import fetch
 from starflow2_jax.training.metrics import read_metrics
 
 
@@ -19,6 +23,18 @@ def grid(images: Sequence[np.ndarray], columns: int, scale: int = 2) -> Image.Im
     whole = np.concatenate(rows, 0)
     sheet = Image.fromarray(whole[..., 0] if whole.shape[-1] == 1 else whole)
     return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
+
+
+def draw_captions(
+    model: Model, captions: Sequence[str], sampling: Sampling, path: pathlib.Path
+) -> None:
+    """Draws one picture of each caption, side by side into a PNG file."""
+    prompts = [[Turn("user", (caption,))] for caption in captions]
+    x = model.draw_latents(prompts, sampling)
+    drawn = fetch(model.bundle.codec.to_uint8(x))
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid(list(drawn), len(captions)).save(path)
 
 
 def plot_losses(

@@ -4,13 +4,12 @@ Letters: B images, N tokens, C latent channels, H, W pixels.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 
 from starflow2_jax.models.fae import FeatureFAE
-from starflow2_jax.models.latents import posterior_draws
+from starflow2_jax.models.latents import LatentCodec
 
 
 @jax.tree_util.register_dataclass
@@ -56,14 +55,14 @@ class FAECodec:
         Returns:
             x [B, N, C], float32.
         """
-        fae = self.model.fae
-        cached = images.ndim == 3
-        if cached:
-            posterior = fae.posterior(images.astype(jnp.float32))
-        else:
+        if images.ndim == 4:
             posterior = self.model.encode(images, jnp.dtype(self.dtype))
-        z, noise = posterior_draws(posterior.mean, posterior.logvar, seed, image_seeds, reading)
-        return fae.latents.normalise(z) + jnp.hypot(self.noise_std, noise_std) * noise
+            images = jnp.concatenate([posterior.mean, posterior.logvar], -1)
+        return self._of_latents().latents(images, seed, image_seeds, noise_std, reading)
+
+    def _of_latents(self) -> LatentCodec:
+        statistics, tokens = self.model.fae.latents, self.model.config.tokens
+        return LatentCodec(statistics.mean[...], statistics.std[...], tokens, self.noise_std)
 
     def decode(self, x: jax.Array) -> jax.Array:
         """x [B, N, C] -> pixels [B, H, W, channels] on the [-1, 1] scale, not clipped.
@@ -84,5 +83,4 @@ class FAECodec:
 
         No bound on anything of the pixels.
         """
-        config = self.model.config
-        return -log_prob / (config.tokens * config.channels * math.log(2.0))
+        return self._of_latents().bits_per_dim(log_prob)

@@ -105,6 +105,10 @@ def run(
         print(f"{workdir} is finished: all stages are trained")
         return
     task = module.make_task(config, workdir)
+    for stage in task.stages:  # what a later stage's data lack is said now, before anything is read
+        if stage.name in config.stages:
+            for held_out in (False, True):
+                task.batches(stage.name, held_out, config.seed)
     with (
         rules.use(mesh),
         Interruptible() as stop,

@@ -86,6 +86,8 @@ class PretzelTask:
         draw_samples: writes samples of fixed prompts: (bundle, folder, name).
         vlm: directory of a converted VLM (`vlm_bundle`), of the shape that `model_config` says;
             None: the VLM begins fresh, and stage `pretrain_lm` trains it.
+        load_codec: gives the codec of drawings and of the exported model, where `data.codec` is
+            only what training needs of it; None: it is the same one.
     """
 
     config: ml_collections.ConfigDict
@@ -93,6 +95,7 @@ class PretzelTask:
     model_config: PretzelConfig
     draw_samples: Callable[[Bundle, pathlib.Path, str], None]
     vlm: pathlib.Path | None = None
+    load_codec: Callable[[], Codec] | None = None
 
     def __post_init__(self) -> None:
         if self.vlm is None:
@@ -114,7 +117,7 @@ class PretzelTask:
 
     @property
     def constants(self) -> Codec:
-        """The codec."""
+        """The codec, as far as training needs it."""
         return self.data.codec
 
     def make_model(self, seed: int) -> Pretzel:
@@ -159,13 +162,14 @@ class PretzelTask:
         """Drawings of fixed prompts."""
         # The codec goes where the model is: both make the pictures.
         mesh = jax.tree.leaves(nnx.state(model))[0].sharding.mesh
-        codec = jax.device_put(self.data.codec, jax.NamedSharding(mesh, jax.P()))
-        bundle = dataclasses.replace(self._bundle(model, {}), codec=codec)
-        self.draw_samples(bundle, folder, name)
+        bundle = self._bundle(model, {})
+        codec = jax.device_put(bundle.codec, jax.NamedSharding(mesh, jax.P()))
+        self.draw_samples(dataclasses.replace(bundle, codec=codec), folder, name)
 
     def save(self, folder: pathlib.Path, model: Pretzel, metadata: Mapping[str, Any]) -> None:
         """See `bundle`."""
         save_bundle(folder, self._bundle(model, metadata))
 
     def _bundle(self, model: Pretzel, metadata: Mapping[str, Any]) -> Bundle:
-        return Bundle(model, self.data.codec, self.data.tokenizer, self.data.image, metadata)
+        codec = self.data.codec if self.load_codec is None else self.load_codec()
+        return Bundle(model, codec, self.data.tokenizer, self.data.image, metadata)
