@@ -158,6 +158,11 @@ def _check_count(items: Sequence[Item], whole: int) -> list[str]:
     return [f"{len(items)} prompts, the benchmark has {whole}: a score of these is not its score"]
 
 
+def _check_single(samples: int, name: str) -> None:
+    if samples != 1:
+        raise UserError(f"{name} takes one image of a prompt, not {samples}")
+
+
 def _strangers(folder: pathlib.Path, pattern: str, expected: set[str], what: str) -> list[str]:
     """Entries that match, and that no prompt asks for."""
     found = sorted(p.name for p in folder.glob(pattern) if not p.name.startswith("."))
@@ -307,7 +312,8 @@ class Dpg:
 class Wise:
     """One flat folder of `1.png` to `1000.png`, named by `prompt_id`, one image each.
 
-    The prompts are one of the JSON lists of the benchmark, or the folder of all of them.
+    The prompts are one of the JSON lists of the benchmark (of either edition: the paper's, or
+    WISE_Verified), or the folder of all of them.
     """
 
     samples: int = 1
@@ -315,7 +321,11 @@ class Wise:
 
     def items(self, prompts: pathlib.Path) -> list[Item]:
         """See `Layout`."""
+        _check_single(self.samples, "WISE")
         files = sorted(prompts.glob("*.json")) if prompts.is_dir() else [prompts]
+        if len(files) > 1:
+            # WISE_Verified's folder has its three lists once more in one file.
+            files = [file for file in files if file.name != "merge.json"]
         found = []
         for file in files:
             try:
@@ -378,6 +388,7 @@ class LmmsEval:
 
     def items(self, prompts: pathlib.Path) -> list[Item]:
         """See `Layout`."""
+        _check_single(self.samples, "lmms-eval")
         found = []
         for where, record in json_lines(prompts):
             number = _field(record, "doc_id", int, where)

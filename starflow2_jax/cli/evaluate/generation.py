@@ -25,8 +25,9 @@ results in --out:
   examples.jsonl   with --clip: for each picture its CLIP score, 100 max(cos, 0)
   summary.json     fid; kid, over 100 pairs of subsets of up to 1,000, with their deviation;
                    clip_score, the mean, with its standard error; geneval: overall is the mean of
-                   the six tasks' means; wise: overall by the published weights. notes name what
-                   is missing for a number that compares with published ones
+                   the six tasks' means; wise: overall by the published weights of the edition
+                   (original or verified) that was judged. notes name what is missing for a number
+                   that compares with published ones
 
 exit codes: 0 done; 2 bad input
 """
@@ -53,7 +54,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     pictures.add_argument("--seed", type=int, default=0, metavar="N", help="of KID's subsets (0)")
     results = parser.add_argument_group("results of public scorers")
     results.add_argument("--geneval", metavar="FILE", help="results.jsonl of evaluate_images.py")
-    results.add_argument("--wise", metavar="FILE", nargs="+", help="score files of gpt_eval.py")
+    results.add_argument(
+        "--wise", metavar="FILE", nargs="+", help="score files of its judge, JSONL"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
