@@ -103,6 +103,17 @@ def json_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
             raise UserError(f"{path}:{number}: not JSON ({error})") from error
 
 
+def _json_list(path: pathlib.Path, expected: str) -> Iterator[tuple[str, Any]]:
+    """(file[number], value) of each entry of a list."""
+    try:
+        records = json.loads(_text(path))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(records, list):
+        raise UserError(f"{path}: expected {expected}")
+    yield from ((f"{path}[{n}]", record) for n, record in enumerate(records))
+
+
 def _text(path: pathlib.Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -253,14 +264,7 @@ class Dpg:
             for path in sorted(prompts.glob("*.txt")):
                 found.append(Item(path.stem, _text(path).strip(), None))
         else:
-            try:
-                records = json.loads(_text(prompts))
-            except ValueError as error:
-                raise UserError(f"{prompts}: not JSON ({error})") from error
-            if not isinstance(records, list):
-                raise UserError(f"{prompts}: expected a list, or a folder of .txt files")
-            for n, record in enumerate(records):
-                where = f"{prompts}[{n}]"
+            for where, record in _json_list(prompts, "a list, or a folder of .txt files"):
                 name = _field(record, "prompt_file_name", str, where)
                 found.append(Item(name, _field(record, "prompt", str, where), record))
         for item in found:
@@ -328,14 +332,7 @@ class Wise:
             files = [file for file in files if file.name != "merge.json"]
         found = []
         for file in files:
-            try:
-                records = json.loads(_text(file))
-            except ValueError as error:
-                raise UserError(f"{file}: not JSON ({error})") from error
-            if not isinstance(records, list):
-                raise UserError(f"{file}: expected a list of prompts")
-            for n, record in enumerate(records):
-                where = f"{file}[{n}]"
+            for where, record in _json_list(file, "a list of prompts"):
                 number = _field(record, "prompt_id", int, where)
                 found.append(Item(str(number), _field(record, "Prompt", str, where), record))
         return _unique(sorted(found, key=lambda item: int(item.id)), prompts)

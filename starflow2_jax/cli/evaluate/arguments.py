@@ -3,29 +3,11 @@
 import argparse
 
 
-def positive(text: str) -> int:
-    """The type of a whole number from one on.
-
-    Raises:
-        argparse.ArgumentTypeError: it is something else.
-    """
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
-    return int(text)
-
-
 def _field(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name or not value:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FIELD")
     return name, value
-
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Which model."""
-    parser.add_argument(
-        "--model", metavar="DIR", required=True, help="model directory, or a finished run's workdir"
-    )
 
 
 def add_paths(parser: argparse.ArgumentParser) -> None:

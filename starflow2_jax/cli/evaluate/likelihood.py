@@ -3,7 +3,8 @@
 import argparse
 import pathlib
 
-from starflow2_jax.cli.evaluate.arguments import add_model, add_paths, add_records, positive
+from starflow2_jax.cli.arguments import add_model, positive
+from starflow2_jax.cli.evaluate.arguments import add_paths, add_records
 from starflow2_jax.cli.evaluate.output import print_summary, progress_of
 from starflow2_jax.errors import UserError
 

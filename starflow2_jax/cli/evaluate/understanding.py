@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from starflow2_jax.cli.evaluate.arguments import positive
+from starflow2_jax.cli.arguments import positive
 from starflow2_jax.cli.evaluate.output import print_summary, progress_of
 
 SUMMARY = "questions about pictures: exact match, ANLS"
