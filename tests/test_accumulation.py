@@ -9,10 +9,6 @@ import pytest
 import tiny
 from flax import nnx
 
-from starflow2_jax.data import digits, pipeline
-from starflow2_jax.data.sequences import ImageShape
-from starflow2_jax.models.patches import fit_patch_codec
-from starflow2_jax.models.pretzel import PretzelConfig
 from starflow2_jax.training.guard import judge, new_guard
 from starflow2_jax.training.stages import JOINT
 from starflow2_jax.training.step import StepConfig, init_state, train_step
@@ -22,21 +18,7 @@ STATIC = ("graphdef", "loss", "config")
 
 @pytest.fixture(scope="module")
 def setting():
-    tokenizer = digits.tokenizer()
-    shape = ImageShape(28, 28, 1, 2)
-    split = digits.load_splits()["tune"]
-    codec = fit_patch_codec(split.images, 2, 0)
-    maker = digits.Conversations(split, tokenizer, shape, len(split.labels), 1.0)
-    config = PretzelConfig(
-        tiny.vlm(vocab_size=tokenizer.vocab_size),
-        tiny.flow(channels=196, shallow_layers=(1, 1)),
-        tokenizer.special,
-        dtype="float32",
-    )
-    mixture = {"draw": 1.0, "read": 1.0, "story": 1.0}
-    documents = maker.stream(mixture, False, 0)
-    batch = next(iter(pipeline.packed_batches(documents, pipeline.BatchShape(4, 64, 3))))
-    return tiny.pretzel(config), codec, batch
+    return tiny.digits_case(rows=4)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from starflow2_jax.data.emoji import varied
-from starflow2_jax.evaluation.emoji import kernel_distance
+from starflow2_jax.evaluation.distances import kernel_distance
 from starflow2_jax.evaluation.emoji_fae import principal_components, quality
 from starflow2_jax.models.dinov2 import DinoV2Config
 from starflow2_jax.nn import grid
@@ -41,8 +41,8 @@ def test_principal_components_against_the_covariance():
 def test_kernel_distance_is_unbiased_and_grows():
     rng = np.random.default_rng(0)
     sets = rng.normal(size=(200, 2, 20, 8))
-    same = [kernel_distance(a, b) for a, b in sets]
-    apart = [kernel_distance(a, b + 1.0) for a, b in sets]
+    same = [kernel_distance(a, b, subsets=1)[0] for a, b in sets]
+    apart = [kernel_distance(a, b + 1.0, subsets=1)[0] for a, b in sets]
     assert abs(np.mean(same)) < 4 * np.std(same) / np.sqrt(len(same))
     assert np.mean(apart) > 5 * np.std(same)
 

@@ -147,6 +147,12 @@ def test_wise(tmp_path):
     wise_prompts(many / "b.json")
     with pytest.raises(UserError, match="id '1' is there twice"):
         layout.items(many)
+    # All of the lists once more.
+    (many / "b.json").rename(many / "merge.json")
+    assert [item.id for item in layout.items(many)] == ["1", "2", "3"]
+    for one in (Wise(samples=4), LmmsEval(samples=4)):
+        with pytest.raises(UserError, match="one image of a prompt, not 4"):
+            one.items(prompts)
 
 
 def replayed(folder, task):

@@ -261,5 +261,28 @@ def test_wise_scores_have_the_published_weights(tmp_path):
     assert summary["equal_mean"] == pytest.approx(np.mean(means)) and summary["notes"] == []
     partial = wise_summary(parts[:1])
     assert "overall" not in partial and "time has 0 of 167 prompts" in partial["notes"]
+    assert summary["edition"] == "original"
     with pytest.raises(UserError, match="prompt_id 1 is there twice"):
         wise_summary([parts[0], parts[0]])
+    failed = tmp_path / "failed.jsonl"
+    failed.write_text(json.dumps(lines[0] | {"realism": 999}) + "\n")
+    with pytest.raises(UserError, match="failed.jsonl:1: a score is not in 0 to 2.*judge that"):
+        wise_summary([failed])
+
+
+def test_wise_verified_has_other_categories_and_weights(tmp_path):
+    right = np.random.default_rng(0).integers(0, 2, 1000)
+    path = tmp_path / "scores.jsonl"
+    lines = [json.dumps({"prompt_id": n + 1, "score": int(v)}) + "\n" for n, v in enumerate(right)]
+    path.write_text("".join(lines))
+    summary = wise_summary([path])
+    means = [
+        right[a:b].mean() for a, b in ((0, 400), *((s, s + 120) for s in range(400, 1000, 120)))
+    ]
+    assert summary["edition"] == "verified" and summary["notes"] == []
+    assert list(summary["categories"].values()) == pytest.approx(means)
+    # Shares of the prompts: the overall score is the share of right ones.
+    assert summary["overall"] == pytest.approx(right.mean())
+    path.write_text(lines[0] + json.dumps({"prompt_id": 2, "consistency": 1}) + "\n")
+    with pytest.raises(UserError, match="scores.jsonl:2: of another edition"):
+        wise_summary([path])

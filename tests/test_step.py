@@ -7,10 +7,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from starflow2_jax.data import digits, pipeline
-from starflow2_jax.data.sequences import ImageShape
-from starflow2_jax.models.patches import fit_patch_codec, noisy_latents
-from starflow2_jax.models.pretzel import PretzelConfig
+from starflow2_jax.models.patches import noisy_latents
 from starflow2_jax.training.stages import IMAGE_TO_TEXT, JOINT, PRETRAIN_LM, TEXT_TO_IMAGE
 from starflow2_jax.training.step import StepConfig, init_state, train_step
 
@@ -42,22 +39,7 @@ def test_noise_is_held_then_decays_then_ends():
 
 @pytest.fixture(scope="module")
 def setting():
-    tokenizer = digits.tokenizer()
-    shape = ImageShape(28, 28, 1, 2)
-    split = digits.load_splits()["tune"]
-    codec = fit_patch_codec(split.images, 2, 0)
-    maker = digits.Conversations(split, tokenizer, shape, len(split.labels), 1.0)
-    config = PretzelConfig(
-        tiny.vlm(vocab_size=tokenizer.vocab_size),
-        tiny.flow(channels=196, shallow_layers=(1, 1)),
-        tokenizer.special,
-        dtype="float32",
-    )
-    mixture = {"draw": 1.0, "read": 1.0, "story": 1.0}
-    batches = pipeline.packed_batches(
-        maker.stream(mixture, False, 0), pipeline.BatchShape(2, 64, 3)
-    )
-    return tiny.pretzel(config), codec, next(iter(batches))
+    return tiny.digits_case(rows=2)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from starflow2_jax.bundle import Bundle
-from starflow2_jax.data import digits
+from starflow2_jax.data import digits, pipeline
 from starflow2_jax.data.sequences import ImageShape
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.patches import fit_patch_codec
@@ -205,3 +205,21 @@ def close_trees(ours, theirs, tolerance):
     assert structure == other_structure
     for (path, a), b in zip(flat, others, strict=True):
         close(a, b, tolerance, jax.tree_util.keystr(path))
+
+
+def digits_case(rows):
+    """A model of digits, their codec, and a batch of so many rows of drawings and readings."""
+    tokenizer = digits.tokenizer()
+    shape = ImageShape(28, 28, 1, 2)
+    split = digits.load_splits()["tune"]
+    codec = fit_patch_codec(split.images, 2, 0)
+    maker = digits.Conversations(split, tokenizer, shape, len(split.labels), 1.0)
+    model = PretzelConfig(
+        vlm(vocab_size=tokenizer.vocab_size),
+        flow(channels=196, shallow_layers=(1, 1)),
+        tokenizer.special,
+        dtype="float32",
+    )
+    documents = maker.stream({"draw": 1.0, "read": 1.0, "story": 1.0}, False, 0)
+    batches = pipeline.packed_batches(documents, pipeline.BatchShape(rows, 64, 3))
+    return pretzel(model), codec, next(iter(batches))

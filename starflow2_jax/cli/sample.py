@@ -7,6 +7,7 @@ images, or the prompt file of a benchmark. Every reply starts with an image, unl
 import argparse
 import pathlib
 
+from starflow2_jax.cli.arguments import add_model, positive
 from starflow2_jax.errors import UserError
 
 SUMMARY = "draw and write: prompts in, images and text out"
@@ -40,24 +41,16 @@ exit codes: 0 done; 2 bad input, or a folder that a scorer would not read; 130 i
 """
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
-    return int(text)
-
-
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument(
-        "--model", metavar="DIR", required=True, help="model directory, or a finished run's workdir"
-    )
+    add_model(parser)
     parser.add_argument("--out", metavar="DIR", required=True, help="folder of the results")
     parser.add_argument("text", metavar="TEXT", nargs="*", help="a prompt")
     parser.add_argument("--prompts", metavar="FILE", help="text file, JSONL, or a benchmark's file")
     parser.add_argument("--format", choices=_FORMATS, default="plain", help="(plain)")
     parser.add_argument("--task", default="WISE", help="of --format lmms (WISE)")
     parser.add_argument(
-        "--samples", metavar="N", type=_positive, help="of each prompt (1, or as the format has)"
+        "--samples", metavar="N", type=positive, help="of each prompt (1, or as the format has)"
     )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     parser.add_argument(
@@ -71,14 +64,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=int, default=64, help="of text, in a reply (64)"
     )
-    parser.add_argument("--max-images", metavar="N", type=_positive, default=1, help="(1)")
+    parser.add_argument("--max-images", metavar="N", type=positive, default=1, help="(1)")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="ends a reply")
-    parser.add_argument("--rows", metavar="N", type=_positive, default=16, help="at a time (16)")
+    parser.add_argument("--rows", metavar="N", type=positive, default=16, help="at a time (16)")
     parser.add_argument(
-        "--twins", metavar="N", type=_positive, help="guided drawings at a time (as many as rows)"
+        "--twins", metavar="N", type=positive, help="guided drawings at a time (as many as rows)"
     )
     parser.add_argument(
-        "--context", metavar="N", type=_positive, help="most positions; default: what is needed"
+        "--context", metavar="N", type=positive, help="most positions; default: what is needed"
     )
     parser.epilog = _EPILOG
 

@@ -5,6 +5,7 @@ Needs the extra `serve`: pip install 'starflow2-jax[serve]'.
 
 import argparse
 
+from starflow2_jax.cli.arguments import add_model, positive
 from starflow2_jax.errors import UserError
 
 SUMMARY = "serve a model over HTTP"
@@ -25,25 +26,27 @@ exit codes: 0 done; 2 bad input
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument(
-        "--model", metavar="DIR", required=True, help="model directory, or a finished run's workdir"
-    )
+    add_model(parser)
     parser.add_argument("--host", metavar="NAME", default="127.0.0.1", help="(127.0.0.1)")
     parser.add_argument("--port", metavar="N", type=int, default=8000, help="(8000)")
     parser.add_argument(
-        "--rows", metavar="N", type=int, default=8, help="requests answered at a time (8)"
+        "--rows", metavar="N", type=positive, default=8, help="requests answered at a time (8)"
     )
     parser.add_argument(
-        "--waiting", metavar="N", type=int, default=64, help="requests answered or queued (64)"
+        "--waiting", metavar="N", type=positive, default=64, help="requests answered or queued (64)"
     )
     parser.add_argument(
-        "--context", metavar="N", type=int, default=1024, help="positions of a conversation (1024)"
+        "--context",
+        metavar="N",
+        type=positive,
+        default=1024,
+        help="positions of a conversation (1024)",
     )
     parser.add_argument(
-        "--max-images", metavar="N", type=int, default=4, help="most images of a reply (4)"
+        "--max-images", metavar="N", type=positive, default=4, help="most images of a reply (4)"
     )
     parser.add_argument(
-        "--body-mb", metavar="N", type=int, default=16, help="largest request, MB (16)"
+        "--body-mb", metavar="N", type=positive, default=16, help="largest request, MB (16)"
     )
     parser.epilog = _EPILOG
 
@@ -66,9 +69,6 @@ def run(args: argparse.Namespace) -> None:
     from starflow2_jax.sampling.engine import EngineConfig
     from starflow2_jax.service import Service
 
-    for name in ("rows", "waiting", "context", "max_images", "body_mb"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, at least 1")
     config = EngineConfig(rows=args.rows, context=args.context, images=args.max_images)
     service = Service(load(args.model), config)
     print("compiling", flush=True)

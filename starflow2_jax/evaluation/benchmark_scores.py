@@ -1,13 +1,14 @@
 """Summaries of what the public scorers of generation benchmarks wrote.
 
 GenEval (github.com/djghosh13/geneval): `results.jsonl` of `evaluate_images.py`. WISE
-(PKU-YuanGroup/WISE): the `*_scores_results.jsonl` of `gpt_eval.py`.
+(PKU-YuanGroup/WISE): the `--result_scores` of `gpt_eval.py` or `vllm_eval.py`.
 """
 
 import collections
+import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starflow2_jax.errors import UserError
@@ -24,17 +25,50 @@ GENEVAL_TAGS = {
 }
 """Prompts of each task."""
 
-# First and last prompt_id, and the weight in the overall score: the categories' shares.
-WISE_CATEGORIES = {
-    "culture": (1, 400, 0.4),
-    "time": (401, 567, 0.167),
-    "space": (568, 700, 0.133),
-    "biology": (701, 800, 0.1),
-    "physics": (801, 900, 0.1),
-    "chemistry": (901, 1000, 0.1),
+
+@dataclasses.dataclass(frozen=True)
+class WiseEdition:
+    """One edition of WISE: what its judge gives, and how that is averaged.
+
+    Attributes:
+        parts: the judge's scores and their weights in a prompt's score.
+        highest: of each part.
+        categories: first and last prompt_id of each, and its weight in the overall score.
+    """
+
+    parts: Mapping[str, float]
+    highest: int
+    categories: Mapping[str, tuple[int, int, float]]
+
+
+WISE_EDITIONS = {
+    # Of the paper, judged by GPT-4o (`gpt_eval.py`); the repository keeps it in WISE_legacy.
+    "original": WiseEdition(
+        {"consistency": 0.7, "realism": 0.2, "aesthetic_quality": 0.1},
+        2,
+        {
+            "culture": (1, 400, 0.4),
+            "time": (401, 567, 0.167),
+            "space": (568, 700, 0.133),
+            "biology": (701, 800, 0.1),
+            "physics": (801, 900, 0.1),
+            "chemistry": (901, 1000, 0.1),
+        },
+    ),
+    # WISE_Verified: some other prompts, and another judge, who says yes or no (`vllm_eval.py`).
+    "verified": WiseEdition(
+        {"score": 1.0},
+        1,
+        {
+            "culture": (1, 400, 0.4),
+            "time": (401, 520, 0.12),
+            "space": (521, 640, 0.12),
+            "biology": (641, 760, 0.12),
+            "physics": (761, 880, 0.12),
+            "chemistry": (881, 1000, 0.12),
+        },
+    ),
 }
-_WISE_WEIGHTS = {"consistency": 0.7, "realism": 0.2, "aesthetic_quality": 0.1}
-_WISE_HIGHEST = 2
 
 
 def geneval_summary(path: pathlib.Path) -> dict[str, Any]:
@@ -82,50 +116,67 @@ def geneval_summary(path: pathlib.Path) -> dict[str, Any]:
     }
 
 
+def _wise_edition(row: Any) -> str:
+    return "verified" if isinstance(row, dict) and "score" in row else "original"
+
+
 def wise_summary(paths: Sequence[pathlib.Path]) -> dict[str, Any]:
-    """WISE's scores: WiScore = (0.7 consistency + 0.2 realism + 0.1 aesthetic quality) / 2.
+    """WISE's scores, of the edition whose judge wrote the files.
+
+    original: WiScore = (0.7 consistency + 0.2 realism + 0.1 aesthetic quality) / 2, each 0 to 2.
+    verified: WiScore is 0 or 1.
 
     Args:
-        paths: of JSONL files: a line for each prompt, with `prompt_id`, `consistency`, `realism`
-            and `aesthetic_quality`, each 0 to 2.
+        paths: of JSONL files of one edition: a line for each prompt, with `prompt_id` and
+            `consistency`, `realism` and `aesthetic_quality`, or `score`.
 
     Returns:
-        `overall`, by the published weights of the categories (absent while one has no score);
-        `equal_mean` of the categories, which some reports give; `categories`; `prompts`; `notes`.
+        `edition`; `overall`, by the published weights of the categories (absent while one has no
+        score); `equal_mean` of the categories, which some reports give; `categories`; `prompts`;
+        `notes`.
 
     Raises:
-        UserError: unreadable, no results, a line of another form, a prompt twice.
+        UserError: unreadable, no results, a line of another form or edition, a prompt twice.
     """
     scores: dict[int, float] = {}
+    name = None
     for path in paths:
         for where, row in json_lines(path):
+            name = name or _wise_edition(row)
+            edition = WISE_EDITIONS[name]
+            if _wise_edition(row) != name:
+                raise UserError(f"{where}: of another edition of WISE than the lines before it")
             try:
                 number = int(row["prompt_id"])
-                parts = {name: float(row[name]) for name in _WISE_WEIGHTS}
+                parts = {part: float(row[part]) for part in edition.parts}
             except (KeyError, TypeError, ValueError) as error:
-                names = ", ".join(_WISE_WEIGHTS)
+                names = ", ".join(edition.parts)
                 raise UserError(f"{where}: expected prompt_id, {names} ({error!r})") from error
-            if not all(0 <= value <= _WISE_HIGHEST for value in parts.values()):
-                raise UserError(f"{where}: a score is not in 0 to {_WISE_HIGHEST}: {parts}")
+            if not all(0 <= value <= edition.highest for value in parts.values()):
+                # The published average would count the 999 of an answer that could not be read.
+                raise UserError(
+                    f"{where}: a score is not in 0 to {edition.highest}: {parts}; where the judge "
+                    "failed, have it judge that prompt again"
+                )
             if number in scores:
                 raise UserError(f"{where}: prompt_id {number} is there twice")
             if not 1 <= number <= 1000:
                 raise UserError(f"{where}: prompt_id {number} is not in 1 to 1000")
-            weighted = sum(_WISE_WEIGHTS[name] * value for name, value in parts.items())
-            scores[number] = weighted / _WISE_HIGHEST
-    if not scores:
+            weighted = sum(edition.parts[part] * value for part, value in parts.items())
+            scores[number] = weighted / edition.highest
+    if name is None:
         raise UserError(f"{', '.join(map(str, paths))}: no results")
-    categories, notes = {}, []
-    for name, (first, last, _) in WISE_CATEGORIES.items():
+    categories, weights, notes = {}, {}, []
+    for category, (first, last, weight) in WISE_EDITIONS[name].categories.items():
         found = [scores[n] for n in range(first, last + 1) if n in scores]
+        weights[category] = weight
         if found:
-            categories[name] = mean(found)
+            categories[category] = mean(found)
         if len(found) != last - first + 1:
-            notes.append(f"{name} has {len(found)} of {last - first + 1} prompts")
-    summary: dict[str, Any] = {}
-    if len(categories) == len(WISE_CATEGORIES):
-        weights = {name: weight for name, (_, _, weight) in WISE_CATEGORIES.items()}
-        summary["overall"] = sum(weights[name] * value for name, value in categories.items())
+            notes.append(f"{category} has {len(found)} of {last - first + 1} prompts")
+    summary: dict[str, Any] = {"edition": name}
+    if len(categories) == len(weights):
+        summary["overall"] = sum(weights[part] * value for part, value in categories.items())
     return summary | {
         "equal_mean": mean(categories.values()),
         "categories": categories,

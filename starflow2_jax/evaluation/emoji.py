@@ -20,6 +20,7 @@ from starflow2_jax.data.emoji import EmojiSet
 from starflow2_jax.data.emoji_archive import TONES
 from starflow2_jax.data.pipeline import single_batch, to_rows
 from starflow2_jax.data.sequences import Turn, encode_turns
+from starflow2_jax.evaluation.distances import kernel_distance
 from starflow2_jax.evaluation.likelihood import paired_difference, score_captions
 from starflow2_jax.evaluation.pictures import grid, plot_losses
 from starflow2_jax.model import Conversation, Model, Sampling
@@ -122,18 +123,6 @@ def _decoded(fae: FeatureFAE, x: np.ndarray) -> np.ndarray:
     return np.asarray(jnp.round(jnp.clip(pixels, 0.0, 1.0) * 255.0)).astype(np.uint8)
 
 
-def kernel_distance(made: np.ndarray, real: np.ndarray) -> float:
-    """Squared maximum mean discrepancy, unbiased, of features [n, D] and [m, D] (KID).
-
-    Polynomial kernel (x y / D + 1)^3, arXiv 1801.01401, over all of both.
-    """
-    kernel = lambda a, b: (a @ b.T / a.shape[1] + 1.0) ** 3
-    off_diagonal = lambda k: (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
-    made, real = made.astype(np.float64), real.astype(np.float64)
-    cross = kernel(made, real).mean()
-    return float(off_diagonal(kernel(made, made)) + off_diagonal(kernel(real, real)) - 2 * cross)
-
-
 def vit_features(fae: FeatureFAE, images: np.ndarray) -> np.ndarray:
     """Mean over the patches of what the FAE's ViT makes of images: [n, D]."""
     made = jax.jit(lambda fae, images: fae.features_of(images, jnp.dtype("float32")).mean(1))
@@ -184,7 +173,7 @@ def _draw(
         return {}
     real = vit_features(untuned, np.stack(originals))
     return {
-        f"kid_{name}": kernel_distance(vit_features(untuned, made), real)
+        f"kid_{name}": kernel_distance(vit_features(untuned, made), real, subsets=1)[0]
         for name, made in (("tuned", tuned), ("score_step", stepped), ("noisy", noisy))
     }
 

@@ -7,13 +7,13 @@ import dataclasses
 import math
 import pathlib
 import resource
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starflow2_jax.evaluation.distances import in_batches
 from starflow2_jax.evaluation.pictures import grid, plot_losses
 from starflow2_jax.evaluation.reconstruction import measure_reconstruction
 from starflow2_jax.models.fae import FeatureFAE
@@ -49,22 +49,12 @@ def quality(made: np.ndarray, originals: np.ndarray) -> Quality:
     )
 
 
-def in_batches(function: Callable, images: np.ndarray, rows: int = 64) -> np.ndarray:
-    """`function` of images, so many at a time; a short last batch is filled up."""
-    parts = []
-    for start in range(0, len(images), rows):
-        part = images[start : start + rows]
-        made = np.asarray(function(np.resize(part, (rows, *part.shape[1:]))))
-        parts.append(made[: len(part)])
-    return np.concatenate(parts)
-
-
 def reconstructions(model: FeatureFAE, images: np.ndarray) -> np.ndarray:
     """uint8 [B, H, W, 3] -> what the posterior's mean decodes to, 1 is white."""
     decode = jax.jit(
         lambda model, images: model.fae.decode(model.encode(images, jnp.dtype("float32")).mean)
     )
-    return in_batches(lambda part: decode(model, part), images)
+    return in_batches(lambda part: decode(model, part), images, rows=64)
 
 
 def principal_components(train: np.ndarray, images: np.ndarray, count: int) -> np.ndarray:

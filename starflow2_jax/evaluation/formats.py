@@ -103,6 +103,17 @@ def json_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
             raise UserError(f"{path}:{number}: not JSON ({error})") from error
 
 
+def _json_list(path: pathlib.Path, expected: str) -> Iterator[tuple[str, Any]]:
+    """(file[number], value) of each entry of a list."""
+    try:
+        records = json.loads(_text(path))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(records, list):
+        raise UserError(f"{path}: expected {expected}")
+    yield from ((f"{path}[{n}]", record) for n, record in enumerate(records))
+
+
 def _text(path: pathlib.Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -156,6 +167,11 @@ def _check_count(items: Sequence[Item], whole: int) -> list[str]:
     if not whole or len(items) == whole:
         return []
     return [f"{len(items)} prompts, the benchmark has {whole}: a score of these is not its score"]
+
+
+def _check_single(samples: int, name: str) -> None:
+    if samples != 1:
+        raise UserError(f"{name} takes one image of a prompt, not {samples}")
 
 
 def _strangers(folder: pathlib.Path, pattern: str, expected: set[str], what: str) -> list[str]:
@@ -248,14 +264,7 @@ class Dpg:
             for path in sorted(prompts.glob("*.txt")):
                 found.append(Item(path.stem, _text(path).strip(), None))
         else:
-            try:
-                records = json.loads(_text(prompts))
-            except ValueError as error:
-                raise UserError(f"{prompts}: not JSON ({error})") from error
-            if not isinstance(records, list):
-                raise UserError(f"{prompts}: expected a list, or a folder of .txt files")
-            for n, record in enumerate(records):
-                where = f"{prompts}[{n}]"
+            for where, record in _json_list(prompts, "a list, or a folder of .txt files"):
                 name = _field(record, "prompt_file_name", str, where)
                 found.append(Item(name, _field(record, "prompt", str, where), record))
         for item in found:
@@ -307,7 +316,8 @@ class Dpg:
 class Wise:
     """One flat folder of `1.png` to `1000.png`, named by `prompt_id`, one image each.
 
-    The prompts are one of the JSON lists of the benchmark, or the folder of all of them.
+    The prompts are one of the JSON lists of the benchmark (of either edition: the paper's, or
+    WISE_Verified), or the folder of all of them.
     """
 
     samples: int = 1
@@ -315,17 +325,14 @@ class Wise:
 
     def items(self, prompts: pathlib.Path) -> list[Item]:
         """See `Layout`."""
+        _check_single(self.samples, "WISE")
         files = sorted(prompts.glob("*.json")) if prompts.is_dir() else [prompts]
+        if len(files) > 1:
+            # WISE_Verified's folder has its three lists once more in one file.
+            files = [file for file in files if file.name != "merge.json"]
         found = []
         for file in files:
-            try:
-                records = json.loads(_text(file))
-            except ValueError as error:
-                raise UserError(f"{file}: not JSON ({error})") from error
-            if not isinstance(records, list):
-                raise UserError(f"{file}: expected a list of prompts")
-            for n, record in enumerate(records):
-                where = f"{file}[{n}]"
+            for where, record in _json_list(file, "a list of prompts"):
                 number = _field(record, "prompt_id", int, where)
                 found.append(Item(str(number), _field(record, "Prompt", str, where), record))
         return _unique(sorted(found, key=lambda item: int(item.id)), prompts)
@@ -378,6 +385,7 @@ class LmmsEval:
 
     def items(self, prompts: pathlib.Path) -> list[Item]:
         """See `Layout`."""
+        _check_single(self.samples, "lmms-eval")
         found = []
         for where, record in json_lines(prompts):
             number = _field(record, "doc_id", int, where)

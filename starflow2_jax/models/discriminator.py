@@ -78,8 +78,8 @@ def pooled(x: jax.Array, side: int) -> jax.Array:
     for axis in (1, 2):
         size = x.shape[axis]
         edges = [(i * size // side, -(-(i + 1) * size // side)) for i in range(side)]
-        # Pair by pair: the gradient of a maximum over an axis looks for the elements that equal it,
-        # and is NaN where a compiler computes them anew, rounded otherwise, and finds none.
+        # Pair by pair: the gradient of a maximum over an axis goes to those that equal it. In a
+        # training step over several CPU devices that comparison found none, and 0 / 0 is NaN.
         places = [jax.lax.index_in_dim(x, i, axis, keepdims=False) for i in range(size)]
         maxima = [functools.reduce(jnp.maximum, places[first:end]) for first, end in edges]
         x = jnp.stack(maxima, axis=axis)

@@ -291,7 +291,7 @@ class Qwen25VL(nnx.Module):
         head = self.embedding if self.head is None else self.head
         wide = layers.at_least_float32(y.dtype)
         # The table lies by rows: one vector for each row of a sampler reads it once.
-        if partition.platform() == "cpu" and jax.sharding.get_abstract_mesh().empty:
+        if layers.rows_are_faster() and jax.sharding.get_abstract_mesh().empty:
             return layers.product_by_rows(y, head[...], wide)
         names = ("table", None) if self.head is None else ("embed", "vocab")
         return partition.product(y, head[...].T, names, wide)

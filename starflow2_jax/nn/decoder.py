@@ -349,7 +349,7 @@ class Decoder(nnx.Module):
 
         def layer(n: int) -> DecoderLayer:
             apart = jax.tree.map(lambda leaf: leaf[n], self.layers)
-            return _by_rows(apart) if partition.platform() == "cpu" else apart
+            return _by_rows(apart) if layers.rows_are_faster() else apart
 
         stack.layers = nnx.List([layer(n) for n in range(self.config.layers)])
         return stack

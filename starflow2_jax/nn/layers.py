@@ -98,6 +98,14 @@ class Linear(nnx.Module):
         return y + partition.gathered(self.bias[...], self.logical[1:], x.dtype)
 
 
+def rows_are_faster() -> bool:
+    """Whether weights that are only sampled from are best stored and read by rows: on CPU.
+
+    See `product_by_rows`.
+    """
+    return partition.platform() == "cpu"
+
+
 def product_by_rows(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
     """x W^T of a kernel that is stored by rows, fast on CPU where x has few vectors.
 

@@ -23,7 +23,7 @@ from starflow2_jax.models.patches import dequantised, image_noise
 from starflow2_jax.models.starflow import ImageFlow, TarFlowConfig
 from starflow2_jax.nn import partition
 from starflow2_jax.training.flops import image_flow_flops
-from starflow2_jax.training.images import ImagesTask, image_counts, share
+from starflow2_jax.training.images import ImagesTask, WholeStage, image_counts, share
 from starflow2_jax.training.step import StepConfig
 
 
@@ -75,7 +75,7 @@ class ImageFlowLoss:
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageFlowStage:
+class ImageFlowStage(WholeStage):
     """The one stage of an image flow."""
 
     label_drop: float
@@ -83,15 +83,6 @@ class ImageFlowStage:
     name: str = "train"
     draws: bool = True
     averaged: bool = False
-
-    @property
-    def trainable(self) -> nnx.filterlib.Filter:
-        """Everything."""
-        return nnx.Param
-
-    def steps(self, config: StepConfig) -> StepConfig:
-        """As given."""
-        return config
 
     def loss(self, config: StepConfig, training: bool) -> ImageFlowLoss:
         """Held-out images keep their classes."""
@@ -149,9 +140,6 @@ class ImageFlowTask(ImagesTask):
         """See `image_flow_flops`."""
         rows = self.config.stages[stage].batch.rows
         return sum(image_flow_flops(self.model_config, rows).values())
-
-    def frozen(self, model: ImageFlow) -> None:
-        """Nothing."""
 
     def draw(self, model: ImageFlow, folder: pathlib.Path, name: str) -> None:
         """Samples of the config's choice."""

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from starflow2_jax.data.images import Augment
 from starflow2_jax.data.pipeline import HostBatch
+from starflow2_jax.training.step import StepConfig
 
 Metrics = dict[str, jax.Array]
 
@@ -53,6 +54,19 @@ def share(metrics: Metrics, batch: HostBatch, counts: Metrics | None) -> Metrics
     return {name: part * value for name, value in metrics.items()}
 
 
+class WholeStage:
+    """The parts of `task.Stage` that are the same wherever a run is one stage of all parameters."""
+
+    @property
+    def trainable(self) -> nnx.filterlib.Filter:
+        """Everything."""
+        return nnx.Param
+
+    def steps(self, config: StepConfig) -> StepConfig:
+        """As given."""
+        return config
+
+
 class ImagesTask:
     """The parts of `task.Task` that are the same wherever a batch is a number of images.
 
@@ -75,6 +89,11 @@ class ImagesTask:
         """Nothing."""
         del mesh
         return {}
+
+    def frozen(self, model: nnx.Module) -> nnx.State | None:
+        """Nothing."""
+        del model
+        return None
 
     def batches(
         self,

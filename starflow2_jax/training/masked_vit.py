@@ -24,7 +24,7 @@ from starflow2_jax.fae_bundle import save_vit
 from starflow2_jax.models.dinov2 import DinoV2, DinoV2Config
 from starflow2_jax.nn import grid, layers, partition
 from starflow2_jax.training.fae_start import put
-from starflow2_jax.training.images import Images, ImagesTask, image_counts, share
+from starflow2_jax.training.images import Images, ImagesTask, WholeStage, image_counts, share
 from starflow2_jax.training.step import StepConfig
 
 # Root mean square of what all patches share at the start; that of patch and of position is 1.
@@ -148,22 +148,13 @@ class MaskedLoss:
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedStage:
+class MaskedStage(WholeStage):
     """The one stage."""
 
     masked_loss: MaskedLoss
     name: str = "vit"
     draws: bool = False
     averaged: bool = True
-
-    @property
-    def trainable(self) -> nnx.filterlib.Filter:
-        """Everything."""
-        return nnx.Param
-
-    def steps(self, config: StepConfig) -> StepConfig:
-        """As given."""
-        return config
 
     def loss(self, config: StepConfig, training: bool) -> MaskedLoss:
         """The same on held-out images."""
@@ -216,9 +207,6 @@ class MaskedViTTask(ImagesTask):
         matrices = 4 * c.width**2 + (3 if c.mlp == "swiglu" else 2) * c.width * c.mlp_width
         each = 2.0 * patches * c.layers * (matrices + 2 * patches * c.width)
         return 3.0 * each * self.config.stages[stage].batch.rows
-
-    def frozen(self, model: MaskedViT) -> None:
-        """Nothing."""
 
     def draw(self, model: MaskedViT, folder: pathlib.Path, name: str) -> None:
         """Draws nothing."""
