@@ -45,6 +45,7 @@ PAGE = pathlib.Path(__file__).with_name("page.html")
 MODEL_NAME = "starflow2"
 _FINISH = {"tokens": "length", "context": "length"}
 _DISCONNECT_SECONDS = 0.5
+_BROKEN = "the engine broke"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,10 @@ class ServerConfig:
 
 class Busy(Exception):
     """No more requests are taken at the moment."""
+
+
+class Broken(Exception):
+    """The engine broke: nothing is answered any more."""
 
 
 class TooLarge(Exception):
@@ -104,8 +109,10 @@ class Worker:
         self._thread.join(timeout=30)
 
     def check_room(self) -> None:
-        """Raises Busy where a request would be one too many."""
-        if self._failed or len(self._routes) >= self._waiting:
+        """Raises Busy where a request would be one too many, and Broken where none is answered."""
+        if self._failed:
+            raise Broken
+        if len(self._routes) >= self._waiting:
             raise Busy
 
     @contextlib.asynccontextmanager
@@ -119,6 +126,7 @@ class Worker:
         Raises:
             UserError: see `Service.ask`.
             Busy: too many requests.
+            Broken: the engine broke.
         """
         if turns[-1].role != "user":
             raise UserError("the last message must be a user's")
@@ -193,7 +201,7 @@ def _pixels(service: Service, part: Mapping[str, Any], where: str, most: int) ->
 def read_messages(
     service: Service, messages: Any, most_pixels: int = ServerConfig.image_pixels
 ) -> list[Turn]:
-    """OpenAI messages as turns; a system message's text is put before the first user's.
+    """OpenAI messages as turns; a system message is put before the next user's.
 
     Raises:
         UserError: not in that form, or an image that cannot be read.
@@ -230,6 +238,8 @@ def read_messages(
         turns.append(Turn(role, tuple(parts)))
     if not turns:
         raise UserError("messages hold no user's")
+    if system:
+        raise UserError("a system message must stand before a user's")
     return turns
 
 
@@ -345,6 +355,7 @@ class Server:
                 UserError: lambda _, error: _error(400, str(error)),
                 TooLarge: lambda *_: _error(413, refused),
                 Busy: lambda *_: _error(503, "too many requests; try again", "overloaded"),
+                Broken: lambda *_: _error(500, _BROKEN, "server_error"),
             },
             lifespan=lifespan,
         )
@@ -421,7 +432,7 @@ class Server:
                     return Response(status_code=499)
                 continue
             if answer is None:
-                return _error(500, "the engine broke", "server_error")
+                return _error(500, _BROKEN, "server_error")
             if answer.part is None:
                 break
             if isinstance(answer.part, str):
@@ -459,7 +470,7 @@ class Server:
                 else:
                     yield event({"images": [image_url(answer.part)]})
             if answer is None:
-                yield f"data: {json.dumps({'error': {'message': 'the engine broke'}})}\n\n"
+                yield f"data: {json.dumps({'error': {'message': _BROKEN}})}\n\n"
             else:
                 yield event({}, _FINISH.get(answer.reason, "stop"))
             yield "data: [DONE]\n\n"

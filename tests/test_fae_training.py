@@ -400,3 +400,7 @@ def test_a_vit_of_another_width(tmp_path):
         task_of(run_config("features"), tmp_path / "run", vit)
     with pytest.raises(UserError, match="config.fae_stages.pixels"):
         stages_of({"pixels": {"nose": 0.4}}, 16)
+    with pytest.raises(UserError, match="config.fae_stages.fine_tune.*lpips"):
+        stages_of({"fine_tune": {"weights": {"lpips": 1.0}}}, 16)
+    with pytest.raises(UserError, match="has 'pixel'; the stages are features, pixels"):
+        stages_of({"pixel": {"noise": 0.4}}, 16)

@@ -1,5 +1,6 @@
 """FID, KID, CLIP score and the benchmarks' summaries against public computations."""
 
+import io
 import json
 import pathlib
 
@@ -27,6 +28,7 @@ from starflow2_jax.evaluation.distances import (
     kernel_distance,
     statistics,
 )
+from starflow2_jax.evaluation.generation import captioned, read_statistics
 from starflow2_jax.models.inception import resized
 
 
@@ -220,6 +222,30 @@ def test_bad_commands_say_so(arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["evaluate", "generation", "--out", "out", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_is_no_file_of_statistics_is_named(tmp_path):
+    path = tmp_path / "known.npz"
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
+    assert read_statistics(path, 3).covariance.shape == (3, 3)
+    with pytest.raises(UserError, match="expected .4,. and .4, 4"):
+        read_statistics(path, 4)
+    whole = path.read_bytes()
+    array = io.BytesIO()
+    np.save(array, np.zeros(3))
+    for data in (whole[: len(whole) // 2], array.getvalue(), b"mu"):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="known.npz holds no statistics"):
+            read_statistics(path, 3)
+
+
+def test_lines_end_where_json_lines_end(tmp_path):
+    """Other line breaks of Unicode's may stand in a text as they are."""
+    (tmp_path / "a.png").write_bytes(b"")
+    line = json.dumps({"image": "a.png", "caption": "one\u2028two\x85three"}, ensure_ascii=False)
+    (tmp_path / "captions.jsonl").write_text(line + "\r\n", encoding="utf-8")
+    found = captioned(tmp_path, tmp_path / "captions.jsonl")
+    assert found == [("a.png", "one\u2028two\x85three")]
 
 
 def test_geneval_scores_are_means_of_tasks(tmp_path):

@@ -174,9 +174,18 @@ def cut_off(path):
     path.write_bytes(data[:40])
 
 
+def too_large(path):
+    Image.new("1", (20_000, 20_000)).save(path)
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
-    [(animation, "animated"), (sixteen_bits, "mode I;16"), (cut_off, "cannot be read")],
+    [
+        (animation, "animated"),
+        (sixteen_bits, "mode I;16"),
+        (cut_off, "cannot be read"),
+        (too_large, "decompression bomb"),
+    ],
 )
 def test_bad_images_are_named(faes, pictures, tmp_path, capsys, damage, words):
     damage(pictures / "010.png")

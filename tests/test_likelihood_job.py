@@ -186,6 +186,8 @@ def test_a_folder_of_classes(model, images, tmp_path):
     ]
     np.testing.assert_array_equal(drawing(dataset[1])[1], images[3])
     assert dataset[0].id == "big_cat/000000.png"
+    braces = open_dataset([tmp_path / "f"], SHAPE, template="{a} {}")
+    assert drawing(braces[2])[0] == "{a} dog"
 
 
 def _process(arguments, **environment):
@@ -267,6 +269,7 @@ def test_totals_do_not_depend_on_order_and_work_is_not_done_twice(tmp_path):
         (["--data", "data.txt"], "expected a folder of images, or files of one of the kinds"),
         (["--field", "picture=x"], "task conversation has no field 'picture'"),
         (["--score", "classes"], "needs --captions FILE"),
+        (["--captions", "c.txt"], "--captions are classes, for --score classes"),
         (["--score", "matching", "--data", "{}/stories.jsonl"], "is not one caption of the user's"),
     ],
 )

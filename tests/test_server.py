@@ -22,7 +22,7 @@ from starflow2_jax.data import digits
 from starflow2_jax.data.sequences import Turn
 from starflow2_jax.model import Model
 from starflow2_jax.sampling.engine import EngineConfig
-from starflow2_jax.server import ServerConfig, image_url, make_application
+from starflow2_jax.server import Broken, ServerConfig, Worker, image_url, make_application
 from starflow2_jax.service import Service
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (4, 4, 1), dtype=np.uint8)
@@ -146,6 +146,7 @@ def test_a_stream_is_the_same_reply_in_pieces(server):
 
 
 BROKEN = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}
+LAST = {"role": "user", "content": "a"}
 FAR = {"type": "image_url", "image_url": {"url": "http://example.com/cat.png"}}
 
 
@@ -172,6 +173,7 @@ def picture_of(width, height):
         ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, 400, "special token"),
         ({"messages": [{"role": "assistant", "content": "no"}]}, 400, "must be a user's"),
         ({"messages": [{"role": "user", "content": "a " * 500}]}, 400, ""),
+        ({"messages": [LAST, {"role": "system", "content": "b"}]}, 400, "before a user's"),
         ({"messages": [{"role": "user", "content": "a"}], "seed": -1}, 400, "seed is -1"),
         ({"messages": [{"role": "user", "content": "a"}], "top_p": 7}, 400, "top_p"),
         ({"messages": [{"role": "user", "content": "a"}], "guidance": "x"}, 400, "guidance is 'x'"),
@@ -184,6 +186,23 @@ def test_bad_bodies_are_refused(server, body, status, message):
     assert found == status, content
     assert message in json.loads(content)["error"]["message"]
     assert server.active() == 0 and server.ask("/v1/models")[0] == 200
+
+
+def test_an_engine_that_broke_is_not_a_busy_one(capsys):
+    class Failing:
+        busy = True
+
+        def poll(self):
+            raise RuntimeError("no memory")
+
+    worker = Worker(Failing(), waiting=1)
+    worker.check_room()
+    worker.start()
+    worker._wake.set()
+    worker._thread.join(timeout=30)
+    assert worker.failed and "no memory" in capsys.readouterr().err
+    with pytest.raises(Broken):
+        worker.check_room()
 
 
 def test_what_is_scored_is_bounded(server):

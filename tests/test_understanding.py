@@ -185,6 +185,17 @@ def test_both_kinds_of_pictures_are_read(folder, pictures):
     for turn in turns:
         np.testing.assert_array_equal(turn.parts[0], pictures[0])
         assert turn.parts[1:] == ("a",)
+    # An opened JPEG may have to be turned, and may be of a mode that PNG has not.
+    data, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    large = np.kron(pictures[0][..., 0], np.ones((16, 16), np.uint8))
+    Image.fromarray(large).convert("CMYK").save(data, "JPEG", exif=exif, quality=100)
+    upright = io.BytesIO()
+    Image.fromarray(np.rot90(large, -1)).save(upright, "PNG")
+    wanted = decode(upright.getvalue(), tiny.SHAPE).astype(int)
+    for picture in (data.getvalue(), Image.open(data)):
+        [part] = responder.turn("user", (picture,), "here").parts
+        np.testing.assert_allclose(part, wanted, atol=12)
 
 
 def test_the_harness_is_told_of_the_model():

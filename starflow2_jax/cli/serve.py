@@ -24,11 +24,17 @@ exit codes: 0 done; 2 bad input
 """
 
 
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port, 0 to 65535")
+    return int(text)
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     add_model(parser)
     parser.add_argument("--host", metavar="NAME", default="127.0.0.1", help="(127.0.0.1)")
-    parser.add_argument("--port", metavar="N", type=int, default=8000, help="(8000)")
+    parser.add_argument("--port", metavar="N", type=_port, default=8000, help="(8000)")
     parser.add_argument(
         "--rows", metavar="N", type=positive, default=8, help="requests answered at a time (8)"
     )

@@ -24,6 +24,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from PIL.Image import DecompressionBombError
 
 from starflow2_jax.data.sources.array_record import ArrayRecordSource, serialised_example
 from starflow2_jax.data.sources.record import Record, RecordError, Source
@@ -162,7 +163,7 @@ class _Reader:
             return self.decode(record.image(self.image)), _kept(record, self.keep)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
-        except (RecordError, OSError, ValueError, SyntaxError) as error:
+        except (RecordError, OSError, ValueError, SyntaxError, DecompressionBombError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{name} cannot be read: {reason}; nothing else is lost") from error
 

@@ -74,7 +74,7 @@ class FolderSource(Source):
         """The class's name, without underlines, in the template; "" for no class."""
         if label == NO_CLASS:
             return ""
-        return self._template.format(self.folder.classes[label].replace("_", " "))
+        return self._template.replace("{}", self.folder.classes[label].replace("_", " "))
 
     def __getitem__(self, index: int) -> Record:
         fields = {

@@ -94,7 +94,8 @@ def tiled(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
 
 def json_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
     """(file:line, value) of each line that is not empty."""
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    # Not splitlines: a text may hold other line breaks of Unicode's.
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import json
 import pathlib
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -89,7 +90,7 @@ def read_statistics(path: pathlib.Path, width: int) -> Statistics:
     try:
         with np.load(path) as data:
             found = Statistics(*(np.asarray(data[name], np.float64) for name in ("mu", "sigma")))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} holds no statistics mu and sigma: {error}") from error
     if found.mean.shape != (width,) or found.covariance.shape != (width, width):
         raise UserError(

@@ -101,8 +101,10 @@ def _captions(setting: Setting, dataset: Dataset) -> tuple[str, ...]:
     """What every image is scored under.
 
     Raises:
-        UserError: no classes, or a file of them that cannot be read.
+        UserError: no classes, or a file of them that cannot be read or is not asked for.
     """
+    if setting.captions is not None and setting.score != "classes":
+        raise UserError("--captions are classes, for --score classes")
     if setting.score == "retrieval":
         return own_captions(dataset)
     if setting.score != "classes":

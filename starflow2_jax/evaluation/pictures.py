@@ -14,7 +14,10 @@ from starflow2_jax.training.metrics import read_metrics
 
 
 def grid(images: Sequence[np.ndarray], columns: int, scale: int = 2) -> Image.Image:
-    """Images uint8 [H, W, 1 or 3] side by side, `columns` in a row, enlarged."""
+    """Images uint8 [H, W, 1 or 3] side by side, `columns` in a row, enlarged.
+
+    What would be a last row that is not full is left out; there must be a full one.
+    """
     border = ((1, 1), (1, 1), (0, 0))
     rows = [
         np.concatenate([np.pad(i, border, constant_values=96) for i in images[r : r + columns]], 1)

@@ -130,8 +130,11 @@ class Responder:
 
 
 def _encoded(picture: PIL.Image.Image) -> bytes:
+    """As PNG, upright; what PNG cannot hold (CMYK, say) in RGB."""
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    picture = PIL.ImageOps.exif_transpose(picture)
+    held = picture.mode in ("1", "L", "LA", "P", "RGB", "RGBA")
+    (picture if held else picture.convert("RGB")).save(file, "PNG")
     return file.getvalue()
 
 

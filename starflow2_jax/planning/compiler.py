@@ -15,7 +15,6 @@ from typing import Any
 from starflow2_jax.planning import hlo
 from starflow2_jax.planning.topology import Topology
 
-_GIB = 2**30
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _HLO = "*after_optimizations_after_buffer_assignment.txt"
 _MEMORY = "*after_optimizations-memory-usage-report.txt"
@@ -45,11 +44,6 @@ class TooLarge:
     used: float
     available: float
     seconds: float
-
-    @property
-    def excess(self) -> float:
-        """By how much, bytes."""
-        return self.used - self.available
 
 
 def too_large(message: str) -> tuple[float, float] | None:

@@ -95,12 +95,6 @@ class Instruction:
         """What stands behind the operands."""
         return self.text[self._end :]
 
-    @property
-    def op_name(self) -> str:
-        """Where in the traced program it is from."""
-        found = re.search(r'op_name="([^"]*)"', self.text)
-        return found.group(1) if found else ""
-
     _end: int = 0
 
     def called(self, *names: str) -> list[str]:

@@ -153,13 +153,6 @@ class Topology:
             count *= size
         return count
 
-    @property
-    def fast_group(self) -> int:
-        """Devices that the fast links connect: those of a slice, or of a GPU node."""
-        if self.chip.platform == "cuda":
-            return self.shape[1]
-        return self.chips // self.slices * self.chip.cores
-
 
 # How devices call themselves, from the longest name to the shortest.
 _DEVICE_KINDS = {

@@ -97,7 +97,7 @@ class FAEStage:
         return adversarial(config, self.discriminator_rate, self.average_decay)
 
     def loss(self, config: StepConfig, training: bool) -> FeatureLoss | PixelLoss:
-        """On held-out images without noise and without the adversarial part."""
+        """On held-out images without the adversarial part; of noise, only that of `noisy` stays."""
         if self.source is None:
             return FeatureLoss(self.beta, training, self.tokens, self.dtype)
         return PixelLoss(
@@ -111,6 +111,15 @@ class FAEStage:
         )
 
 
+# Name, what is trained, where the pixel decoder's input is from, its noise.
+_STAGES: tuple[tuple[str, tuple[str, ...], Any, float], ...] = (
+    ("features", ("encoder", "feature_decoder"), None, 0.0),
+    ("pixels", ("pixel_decoder",), "features", 0.4),
+    ("fine_tune", ("pixel_decoder",), "decoded", 0.0),
+    ("noisy", ("feature_decoder", "pixel_decoder"), "noisy", 0.3),
+)
+
+
 def stages_of(groups: Mapping[str, Mapping[str, Any]], tokens: int) -> tuple[FAEStage, ...]:
     """The four stages, with what the config says of those that it has.
 
@@ -120,21 +129,19 @@ def stages_of(groups: Mapping[str, Mapping[str, Any]], tokens: int) -> tuple[FAE
         tokens: N.
 
     Raises:
-        UserError: an entry that a stage does not have.
+        UserError: no such stage, or an entry that it does not have.
     """
+    if unknown := set(groups) - {name for name, *_ in _STAGES}:
+        names = ", ".join(name for name, *_ in _STAGES)
+        raise UserError(f"config.fae_stages has {sorted(unknown)[0]!r}; the stages are {names}")
     made = []
-    for name, trains, source, noise in (
-        ("features", ("encoder", "feature_decoder"), None, 0.0),
-        ("pixels", ("pixel_decoder",), "features", 0.4),
-        ("fine_tune", ("pixel_decoder",), "decoded", 0.0),
-        ("noisy", ("feature_decoder", "pixel_decoder"), "noisy", 0.3),
-    ):
+    for name, trains, source, noise in _STAGES:
         fields = {"noise": noise, **groups.get(name, {})}
         if name == "features":
             fields.setdefault("beta", 1e-6)
-        if "weights" in fields:
-            fields["weights"] = PixelWeights(**fields["weights"])
         try:
+            if "weights" in fields:
+                fields["weights"] = PixelWeights(**fields["weights"])
             made.append(FAEStage(name, trains, tokens, source, **fields))
         except TypeError as error:
             raise UserError(f"config.fae_stages.{name}: {error}") from error

@@ -152,7 +152,8 @@ class PixelLoss:
         noise: standard deviation in normalised units.
         noise_by: "channel": so in each; "token": times the root mean square of each token.
         weights: of the terms.
-        training: noise on features, samples of latents, and the adversarial part; or else none.
+        training: noise on features, samples of latents, and the adversarial part; or else none of
+            them. The noise on latents ("noisy") is what is to be removed, and always there.
         tokens: N.
         dtype: of the computation.
     """

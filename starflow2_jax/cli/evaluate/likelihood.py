@@ -32,8 +32,9 @@ results in --out:
                    joint_nats of the reply given the prompt
   summary.json     means with standard errors, and the spread over the draws; it comes last
 
-An interrupted command continues where it stopped when it is given again. Several processes
-(launch/) share the work; the results are the same to the byte.
+With a STARFlow2 model an interrupted command continues where it stopped when it is given again, and
+several processes (launch/) share the work; the results are the same to the byte. An image flow's
+images are scored in one go, by one process.
 
 exit codes: 0 done; 2 bad input
 """
@@ -44,7 +45,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_paths(parser)
     parser.add_argument(
-        "--out", metavar="DIR", help="folder of the results; default: likelihood/ in the model's"
+        "--out",
+        metavar="DIR",
+        help="folder of the results; default: named by the score, in the model's",
     )
     parser.add_argument(
         "--draws", type=positive, default=4, metavar="N", help="of the images' noise (default 4)"
