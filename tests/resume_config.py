@@ -32,7 +32,7 @@ def get_config():
 
 def make_data(config):
     mixtures = {name: stage.mixture.to_dict() for name, stage in config.stages.items()}
-    return DigitsData(patch=2, copies=0, raw_share=1.0, mixtures=mixtures, seed=0)
+    return DigitsData(patch=2, smooth=1, copies=0, raw_share=1.0, mixtures=mixtures, seed=0)
 
 
 def make_model_config(config, data):
