@@ -46,7 +46,7 @@ from starflow2_jax.sampling.generate import (
     reason_of,
 )
 from starflow2_jax.sampling.prompts import Piece, Row, extended, rest, shared
-from starflow2_jax.sampling.state import Mode, RowSettings, SampleState
+from starflow2_jax.sampling.state import Mode, RowSettings, SampleState, row_settings
 
 SHORT_PIECES = (8, 16)
 """Positions that prompts, or what is new of them, are filled up to; longer ones to `chunk`."""
@@ -104,17 +104,16 @@ class Request:
     keep: bool = False
 
     def settings(self) -> RowSettings:
-        """Of one row, on the host."""
-        wide = jnp.result_type(float)
-        one = lambda value, dtype: np.asarray([value], dtype)
-        return RowSettings(
-            seed=one(self.seed, np.uint32),
-            temperature=one(self.temperature, wide),
-            top_p=one(self.top_p, wide),
-            image_temperature=one(self.image_temperature, wide),
-            guidance=one(self.guidance, wide),
-            max_new_tokens=one(self.max_new_tokens, np.int32),
-            max_images=one(self.max_images, np.int32),
+        """Of one row."""
+        return row_settings(
+            1,
+            seed=[self.seed],
+            temperature=self.temperature,
+            top_p=self.top_p,
+            image_temperature=self.image_temperature,
+            guidance=self.guidance,
+            max_new_tokens=self.max_new_tokens,
+            max_images=self.max_images,
         )
 
 

@@ -64,25 +64,25 @@ def row_settings(
     max_images: Any = 1,
     noise: jax.Array | None = None,
 ) -> RowSettings:
-    """Settings of B rows; each argument is one value or B of them.
+    """Settings of B rows, on the host; each argument is one value or B of them.
 
     One `seed` gives row b the seed `seed + b`; B seeds are taken as they are.
     """
     if np.ndim(seed) == 0:
-        seed = jnp.uint32(seed) + jnp.arange(rows, dtype=jnp.uint32)
+        seed = np.asarray(seed, np.uint32) + np.arange(rows, dtype=np.uint32)
 
-    def spread(value: Any, dtype: jnp.dtype) -> jax.Array:
-        return jnp.broadcast_to(jnp.asarray(value, dtype), (rows,))
+    def spread(value: Any, dtype: np.dtype) -> np.ndarray:
+        return np.broadcast_to(np.asarray(value, dtype), (rows,))
 
     wide = jnp.result_type(float)  # float32 unless float64 is enabled
     return RowSettings(
-        seed=spread(seed, jnp.uint32),
+        seed=spread(seed, np.uint32),
         temperature=spread(temperature, wide),
         top_p=spread(top_p, wide),
         image_temperature=spread(image_temperature, wide),
         guidance=spread(guidance, wide),
-        max_new_tokens=spread(max_new_tokens, jnp.int32),
-        max_images=spread(max_images, jnp.int32),
+        max_new_tokens=spread(max_new_tokens, np.int32),
+        max_images=spread(max_images, np.int32),
         noise=noise,
     )
 
