@@ -524,11 +524,12 @@ def steps_of(
 ) -> SampleState:
     """`advance`, inside a larger program; ends too once `enough` more rows, int32 [], are DONE."""
     done = lambda state: (state.mode == Mode.DONE).sum()
-    most = len(state.mode) if enough is None else jnp.minimum(len(state.mode), done(state) + enough)
+    most = None if enough is None else done(state) + enough
 
     def goes_on(carry: tuple[SampleState, jax.Array]) -> jax.Array:
         state, left = carry
-        return (left > 0) & (done(state) < most)
+        more = (left > 0) & jnp.any(state.mode != Mode.DONE)
+        return more if most is None else more & (done(state) < most)
 
     def body(carry: tuple[SampleState, jax.Array]) -> tuple[SampleState, jax.Array]:
         state, left = carry
