@@ -57,7 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
             # The noise leaves only at the end of the last stage: without it, the fine detail of
             # the pixels drowns what the caption has to say.
             optimizer=dict(
-                steps=2200,
+                steps=1700,
                 learning_rate=2e-3,
                 warmup=50,
                 weight_decay=0.1,
@@ -89,13 +89,13 @@ def get_config() -> ml_collections.ConfigDict:
                 story=1.2,
             ),
             optimizer=dict(
-                steps=2200,
+                steps=1500,
                 learning_rate=8e-4,
                 warmup=50,
                 weight_decay=0.1,
                 noise_start=0.05,
                 noise_end=0.01,
-                noise_hold=0.5,
+                noise_hold=0.6,
                 noise_share=0.92,
             ),
         )

@@ -52,6 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.log_seconds = 10.0
     config.emoji = "data/emoji"
     config.fae = "runs/fae_emoji"
+    config.judge = ""  # the FAE's run in whose ViT's features KID is measured, if not that one
     config.noise_std = 0.3
     config.language_model = group(dict(width=128, layers=3, head_dim=32, mlp_width=384))
     config.flow = group(dict(width=192, head_dim=32, deep_layers=3, shallow_layers=(2, 2)))
@@ -81,7 +82,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.report = group(
         dict(
             groups=4,
-            drawings=32,
+            drawings=128,
             edits=4,
             questions=96,
             guidance=1.0,
@@ -174,4 +175,13 @@ def report(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         wanted = tuple(one for one in read_manifest(emoji) if one.split == split)
         splits[split] = EmojiSet(wanted, load_pictures(emoji, wanted))
     settings = ReportConfig(**config.report, seed=config.seed)
-    write_report(load(workdir), load_fae(untuned), splits, config.noise_std, settings, workdir)
+    judge = finished(pathlib.Path(config.judge).expanduser()) if config.judge else untuned
+    write_report(
+        load(workdir),
+        load_fae(untuned),
+        load_fae(judge),
+        splits,
+        config.noise_std,
+        settings,
+        workdir,
+    )

@@ -231,3 +231,10 @@ def claim_workdir(
             file=sys.stderr,
         )
     return workdir
+
+
+def release_workdir(workdir: pathlib.Path) -> None:
+    """Gives a work directory free for another config, where nothing of a run stands in it yet."""
+    path = workdir / "config.json"
+    if list(workdir.iterdir()) == [path]:
+        path.unlink(missing_ok=True)  # another process of the job may have done it

@@ -213,6 +213,8 @@ def test_the_command_scores_folders(inception_file, clip_folder, tmp_path, capsy
         ([], "nothing to score"),
         (["--images", "nowhere"], "nothing to measure"),
         (["--images", "nowhere", "--reference", "there"], "need --inception"),
+        (["--images", "nowhere", "--inception", "w.pth"], "--inception is used with --reference"),
+        (["--images", "nowhere", "--captions", "no.jsonl"], "--captions is used with --clip"),
         (["--images", "nowhere", "--clip", "there", "--captions", "no.jsonl"], "cannot read no"),
         (["--images", "nowhere", "--clip", "there"], "no captions; give --captions FILE"),
         (["--geneval", "no.jsonl"], "cannot read no.jsonl"),

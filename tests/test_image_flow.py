@@ -118,6 +118,9 @@ def test_bad_input_is_one_line(saved, folder, tmp_path, capsys):
 
     assert "no model.json" in fails("--model", tmp_path / "none", "--data", folder)
     assert "there is no folder" in fails("--model", saved, "--data", tmp_path / "none")
+    for option in ("--score matching", "--captions words", "--field image=png", "--template a{}"):
+        message = f"{option.split()[0]} is for STARFlow2 models"
+        assert message in fails("--model", saved, "--data", folder, *option.split())
     other = tmp_path / "other"
     write_folder(other, np.zeros((1, 8, 8, 1), np.uint8), [0], ["dog"])
     assert "dog is of no class" in fails("--model", saved, "--data", other)

@@ -270,6 +270,7 @@ def test_totals_do_not_depend_on_order_and_work_is_not_done_twice(tmp_path):
         (["--field", "picture=x"], "task conversation has no field 'picture'"),
         (["--score", "classes"], "needs --captions FILE"),
         (["--captions", "c.txt"], "--captions are classes, for --score classes"),
+        (["--no-bayes"], "--no-bayes is for image flows"),
         (["--score", "matching", "--data", "{}/stories.jsonl"], "is not one caption of the user's"),
     ],
 )

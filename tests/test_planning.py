@@ -104,6 +104,17 @@ def test_forms_of_replica_groups(text, ids):
     np.testing.assert_array_equal(groups(text), ids)
 
 
+def test_arrays_of_a_shape_and_a_dtype_that_is_not_known():
+    found = hlo.arrays_of("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, token[], f8e8m0fnu[4])")
+    assert [(array.dtype, array.bytes, array.space) for array in found] == [
+        ("bf16", 12, 1),
+        ("token", 0, 0),
+        ("f8e8m0fnu", 4, 0),
+    ]
+    with pytest.raises(ValueError, match="dtype f9, whose size is not known"):
+        hlo.arrays_of("f9[4]")
+
+
 def test_an_unknown_form_is_an_error():
     with pytest.raises(ValueError, match="unknown form"):
         groups("replica_groups=everyone")

@@ -33,7 +33,7 @@ examples:
   starflow2 plan --config configs/starflow2_7b.py --topology v6e:2x4 --sample
   starflow2 plan --config configs/starflow2_7b.py --topology v6e:16x16 --stage joint --search
 
-exit codes: 0 all fit; 1 something does not fit; 2 bad input
+exit codes: 0 every stage fits (in a search: with some setting); 1 one does not fit; 2 bad input
 """
 
 
@@ -97,13 +97,16 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"no stage {args.stage}; the config has {', '.join(config.stages)}")
     stages = [None] if args.sample else [args.stage] if args.stage else list(config.stages)
     plans = []
+    fits = True
     for stage in stages:
         if args.search:
-            plans += search.search(request(stage), config, topology, print)
-            continue
-        plans.append(planning.plan(request(stage)))
-        print(report.text(plans[-1]), flush=True)
+            found = search.search(request(stage), config, topology, print)
+        else:
+            found = [planning.plan(request(stage))]
+            print(report.text(found[0]), flush=True)
+        fits &= any(plan.fits for plan in found)
+        plans += found
     if args.json is not None:
         report.write(args.json, plans)
-    if not any(plan.fits for plan in plans) or not (args.search or all(p.fits for p in plans)):
+    if not fits:
         raise SystemExit(1)

@@ -30,6 +30,7 @@ from starflow2_jax.sampling import display
 from starflow2_jax.training.metrics import read_metrics
 
 NAMES = 32
+SHOWN = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class ReportConfig:
 
     Attributes:
         groups: of `NAMES` emoji, among which retrieval is done, of each split.
-        drawings: captions drawn.
+        drawings: captions drawn, half of them held out; the first of each half are shown.
         edits: emoji whose skin tone is changed, to each of the five.
         questions: emoji that are asked about.
         guidance, temperature: of drawings and edits.
@@ -149,31 +150,31 @@ def labelled(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str]) -> I
 def _draw(
     model: Model,
     untuned: FeatureFAE,
+    judge: FeatureFAE,
     splits: dict[str, EmojiSet],
     noise_std: float,
     config: ReportConfig,
     folder: pathlib.Path,
 ) -> dict[str, float]:
-    half = config.drawings // 2
-    captions, originals = [], []
-    for name in ("test", "train"):
-        for i in _plain(splits[name], half, config.seed + 1):
-            captions.append(splits[name].emoji[i].caption)
-            originals.append(splits[name].images[i])
+    halves = [_plain(splits[n], config.drawings // 2, config.seed + 1) for n in ("test", "train")]
+    half = min(map(len, halves))
+    chosen = [(n, i) for n, h in zip(("test", "train"), halves, strict=True) for i in h[:half]]
+    captions = [splits[name].emoji[i].caption for name, i in chosen]
+    originals = [splits[name].images[i] for name, i in chosen]
     prompts = [_ask(caption) for caption in captions]
     sampling = Sampling(config.guidance, config.temperature, seed=config.seed)
     x = model.draw_latents(prompts, sampling)
     tuned = np.asarray(model.bundle.codec.to_uint8(jnp.asarray(x)))
     stepped = _decoded(untuned, denoised(model, prompts, x, noise_std))
     noisy = _decoded(untuned, x)
-    order = np.argsort(np.arange(len(captions)) % half, kind="stable")
+    order = np.argsort(np.arange(len(captions)) % half, kind="stable")[:SHOWN]
     rows = [[originals[i], tuned[i], stepped[i], noisy[i]] for i in order]
     labelled(rows, [captions[i] for i in order]).save(folder / "drawings.png")
-    if untuned.vit is None:
+    if judge.vit is None:
         return {}
-    real = vit_features(untuned, np.stack(originals))
+    real = vit_features(judge, np.stack(originals))
     return {
-        f"kid_{name}": kernel_distance(vit_features(untuned, made), real, subsets=1)[0]
+        f"kid_{name}": kernel_distance(vit_features(judge, made), real, subsets=1)[0]
         for name, made in (("tuned", tuned), ("score_step", stepped), ("noisy", noisy))
     }
 
@@ -216,6 +217,7 @@ def _questions(model: Model, emoji: EmojiSet, config: ReportConfig) -> dict[str,
 def write_report(
     model: Model,
     untuned: FeatureFAE,
+    judge: FeatureFAE,
     splits: dict[str, EmojiSet],
     noise_std: float,
     config: ReportConfig,
@@ -226,6 +228,8 @@ def write_report(
     Args:
         model: whose FAE's decoders are tuned to the noise.
         untuned: the FAE before that, for what the score step leaves.
+        judge: an FAE in whose ViT's features the drawings' KID is measured; one without a ViT
+            measures none.
         splits: `train` and `test`, with pixels.
         noise_std: of the noise on the normalised latents that the flow was trained with.
         config: see `ReportConfig`.
@@ -235,7 +239,7 @@ def write_report(
         "held_out": retrieval(model, splits["test"], config),
         "seen": retrieval(model, splits["train"], config),
     }
-    report |= _draw(model, untuned, splits, noise_std, config, workdir)
+    report |= _draw(model, untuned, judge, splits, noise_std, config, workdir)
     report |= _edit(model, splits["test"], config, workdir)
     report |= _questions(model, splits["test"], config)
     stages = {

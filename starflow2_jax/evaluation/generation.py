@@ -200,6 +200,9 @@ def measure(
     Raises:
         UserError: missing or damaged files, or nothing to measure.
     """
+    for name, needed in (("inception", "reference"), ("captions", "clip")):
+        if getattr(setting, name) is not None and getattr(setting, needed) is None:
+            raise UserError(f"--{name} is used with --{needed}, which is missing")
     if setting.reference is None and setting.clip is None:
         raise UserError("nothing to measure: give --reference for FID and KID, --clip for captions")
     try:

@@ -11,12 +11,25 @@ from collections.abc import Iterator
 
 _BITS = {
     "pred": 8,
+    "token": 0,
+    "opaque": 0,
+    "s1": 1,
+    "u1": 1,
+    "s2": 2,
+    "u2": 2,
     "s4": 4,
     "u4": 4,
+    "f4e2m1fn": 4,
     "s8": 8,
     "u8": 8,
+    "f8e3m4": 8,
+    "f8e4m3": 8,
+    "f8e4m3b11fnuz": 8,
     "f8e4m3fn": 8,
+    "f8e4m3fnuz": 8,
     "f8e5m2": 8,
+    "f8e5m2fnuz": 8,
+    "f8e8m0fnu": 8,
     "s16": 16,
     "u16": 16,
     "bf16": 16,
@@ -30,7 +43,7 @@ _BITS = {
     "c64": 64,
     "c128": 128,
 }
-_ARRAY = re.compile(r"\b(" + "|".join(_BITS) + r")\[([\d,]*)\](\{[^{}]*\})?")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^{}]*\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
 _TILED = re.compile(r"\{([\d,]+):T\(([\d,]+)\)")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
@@ -154,9 +167,15 @@ class Run:
 
 
 def arrays_of(text: str) -> list[Array]:
-    """The arrays of a shape as HLO writes it."""
+    """The arrays of a shape as HLO writes it.
+
+    Raises:
+        ValueError: a dtype of unknown size: bytes would go uncounted.
+    """
     found = []
     for dtype, dims, layout in _ARRAY.findall(text):
+        if dtype not in _BITS:
+            raise ValueError(f"HLO has arrays of dtype {dtype}, whose size is not known: {text}")
         space = _SPACE.search(layout) if layout else None
         sizes = tuple(int(d) for d in dims.split(",")) if dims else ()
         places = _places(sizes, layout) if layout else 0

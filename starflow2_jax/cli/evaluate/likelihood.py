@@ -65,6 +65,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_records(conversations)
     conversations.add_argument("--captions", metavar="FILE", help="classes, one a line")
+    names = ("score", "task", "field", "images", "index", "template", "captions")
+    parser.set_defaults(of_conversations={n: parser.get_default(n) for n in names})
     flows = parser.add_argument_group("image flows")
     flows.add_argument(
         "--no-bayes",
@@ -103,8 +105,9 @@ def _of_images(args: argparse.Namespace) -> None:
         raise UserError(f"{folder} is a model of latents; expected one of pixels, a TarFlow")
     if len(args.data) != 1:
         raise UserError(f"{len(args.data)} paths in --data; an image flow takes one folder")
-    if args.score != "likelihood":
-        raise UserError(f"--score {args.score} is for STARFlow2 models; {folder} is an image flow")
+    for name, default in args.of_conversations.items():
+        if getattr(args, name) != default:
+            raise UserError(f"--{name} is for STARFlow2 models; {folder} is an image flow")
     # A converted model has classes, but no names for them.
     classes = tuple(record.get("classes") or (str(i) for i in range(config.classes)))
     data = open_folder(args.data[0], config.size, config.channels, classes or None)
@@ -134,6 +137,8 @@ def _of_conversations(args: argparse.Namespace) -> None:
 
     join_job()
     folder = pathlib.Path(args.model)
+    if args.no_bayes:
+        raise UserError(f"--no-bayes is for image flows; {folder} is a STARFlow2 model")
     model = load(folder)
     out = pathlib.Path(args.out) if args.out else model_folder(folder) / args.score
     setting = likelihood_job.Setting(
