@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from starflow2_jax.data.sequences import ImageShape
@@ -48,6 +49,23 @@ class Bundle:
     image: ImageShape
     metadata: Mapping[str, Any]
 
+    def checksum(self) -> str:
+        """Of all that scores depend on: the model's weights, and the codec's with its noise.
+
+        SHA-256 in hexadecimal, see `training.digest.checksum`.
+        """
+        tree = {"model": nnx.to_pure_dict(nnx.state(self.model))}
+        if isinstance(self.codec, FAECodec):
+            noise = np.array(self.codec.noise_std)
+            tree["codec"] = {"fae": nnx.to_pure_dict(nnx.state(self.codec.model)), "noise": noise}
+        else:
+            tree["codec"] = _codec_arrays(self.codec)
+        return checksum(tree)
+
+
+def _codec_arrays(codec: PatchCodec) -> dict[str, jax.Array]:
+    return {name: getattr(codec, name) for name in CODEC_ARRAYS}
+
 
 def config_from_json(record: Mapping[str, Any]) -> PretzelConfig:
     """The inverse of `dataclasses.asdict` of a `PretzelConfig`."""
@@ -71,7 +89,7 @@ def save_bundle(folder: pathlib.Path, bundle: Bundle) -> None:
         save_fae(folder / FAE_FOLDER, bundle.codec.model)
         of_codec["fae"] = {"noise_std": bundle.codec.noise_std, "dtype": bundle.codec.dtype}
     else:
-        tree["codec"] = fetch({name: getattr(bundle.codec, name) for name in CODEC_ARRAYS})
+        tree["codec"] = fetch(_codec_arrays(bundle.codec))
     save_tree(folder / "weights", tree, {}, overwrite=True)
     record = {
         "format_version": FORMAT_VERSION,

@@ -7,9 +7,6 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, Literal
 
-from flax import nnx
-
-from starflow2_jax.bundle import checksum
 from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation.conversation_likelihood import ConversationLikelihood
 from starflow2_jax.evaluation.dataset import Dataset, FolderSource, open_dataset
@@ -90,7 +87,7 @@ def run(
         scorer = CaptionTable(model, dataset, captions, setting.draws, setting.seed, classes)
     about: dict[str, Any] = dataclasses.asdict(setting)
     rows = about.pop("rows")
-    about["weights_checksum"] = checksum(nnx.to_pure_dict(nnx.state(model.pretzel)))
+    about["weights_checksum"] = model.bundle.checksum()
     if captions:
         about["captions_sha256"] = hashlib.sha256("\n".join(captions).encode()).hexdigest()
     job = Job(out, len(dataset), min(rows, len(dataset)), about)

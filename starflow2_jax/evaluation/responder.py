@@ -12,9 +12,8 @@ from typing import Literal
 
 import PIL.Image
 import PIL.ImageOps
-from flax import nnx
 
-from starflow2_jax.bundle import checksum, is_bundle
+from starflow2_jax.bundle import is_bundle
 from starflow2_jax.data.decoding import decode
 from starflow2_jax.data.sequences import Part, Turn
 from starflow2_jax.data.views import Limits, view
@@ -59,10 +58,10 @@ class Responder:
             raise UserError(f"{place} is a VLM that has no latents; it sees through its tower")
 
     def checksum(self) -> str:
-        """Of the weights."""
+        """Of all that answers depend on."""
         if self._model is None:
             return str(self._assistant.record["checksum"])
-        return checksum(nnx.to_pure_dict(nnx.state(self._model.pretzel)))
+        return self._model.bundle.checksum()
 
     def _part(self, said: Said, where: str) -> Part:
         if isinstance(said, str):
