@@ -32,9 +32,10 @@ import numpy as np
 from flax import nnx
 
 from starflow2_jax.bundle import Bundle
-from starflow2_jax.data import digits
+from starflow2_jax.data import digits, emoji
 from starflow2_jax.data.sequences import Turn, unconditional_prompt
 from starflow2_jax.model import Model, Sampling, load
+from starflow2_jax.models.fae_codec import FAECodec
 from starflow2_jax.models.pretzel import Pretzel, spread_images
 from starflow2_jax.nn.attention import AttentionSpec
 from starflow2_jax.parallel.cpu import keep_freed_memory
@@ -46,9 +47,32 @@ from starflow2_jax.sampling.state import Mode, row_settings
 from starflow2_jax.service import Chat, Service
 
 PAIRS, BATCHES, TOKENS, GUIDANCE = 3, (1, 4, 16, 64), 32, 2.0
-QUESTION = "which digit is this?"
 JACOBI = JacobiConfig(chunk=16, threshold=1e-2)
 Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """What a model is asked that was trained on digits, or on emoji."""
+
+    captions: tuple[str, ...]
+    question: str
+    story: str
+
+
+DIGITS = Prompts(
+    tuple(map(digits.caption, range(10))), "which digit is this?", "count up from three"
+)
+EMOJI = Prompts(
+    ("grinning face", "red apple", "dog face", "rocket", "blue heart", "japan flag", "tulip"),
+    emoji.QUESTION,
+    "waving hand",
+)
+
+
+def prompts_of(model: Model) -> Prompts:
+    """Those of the data that it knows."""
+    return EMOJI if isinstance(model.bundle.codec, FAECodec) else DIGITS
 
 
 def random_model() -> Model:
@@ -93,8 +117,9 @@ def batches(model: Model) -> Iterator[Row]:
     """Whole batches through `generate`."""
     unconditional = unconditional_prompt(model.tokenizer, model.bundle.image).tokens
     service = Service(model, EngineConfig(rows=1, context=64))
+    known = prompts_of(model).captions
     for count in BATCHES:
-        captions = [[Turn("user", (digits.caption(i % 10),))] for i in range(count)]
+        captions = [[Turn("user", (known[i % len(known)],))] for i in range(count)]
         write = [service.row(turns) for turns in captions]
         settings = row_settings(count, seed=3, max_new_tokens=TOKENS, max_images=0)
         written: list[int] = []
@@ -168,21 +193,21 @@ def steps(model: Model, count: int = 32) -> Iterator[Row]:
 def mixed(model: Model, service: Service, count: int = 64) -> list[Request]:
     """Reading, drawing with and without guidance, and stories."""
     rng = np.random.default_rng(0)
-    image = model.bundle.image
+    image, known = model.bundle.image, prompts_of(model)
     shape = (image.height, image.width, image.channels)
     made = []
     for n in range(count):
-        caption, seed = digits.caption(n % 10), 1000 + n
+        caption, seed = known.captions[n % len(known.captions)], 1000 + n
         if n % 4 == 0:
             picture = rng.integers(0, 256, shape, dtype=np.uint8)
-            prompt = service.row([Turn("user", (picture, "which digit is this?"))])
+            prompt = service.row([Turn("user", (picture, known.question))])
             made.append(Request(prompt, seed, max_new_tokens=8, max_images=0))
         elif n % 4 < 3:
             prompt = service.row([Turn("user", (caption,))], draw=True)
             weight = GUIDANCE if n % 4 == 1 else 0.0
             made.append(Request(prompt, seed, guidance=weight, max_new_tokens=0))
         else:
-            story = service.row([Turn("user", ("count up from three",))], draw=True)
+            story = service.row([Turn("user", (known.story,))], draw=True)
             more = {"max_new_tokens": 12, "max_images": 2, "guidance": GUIDANCE}
             made.append(Request(story, seed, temperature=1.0, **more))
     return made
@@ -236,7 +261,7 @@ def _errors(model: Model, chat: Chat) -> Iterator[Row]:
     """What the latents and the next logits would be, were the drawn image encoded anew."""
     service = chat.service
     [image] = chat.turns[1].parts
-    drawing = [*chat.turns[:2], Turn("user", (QUESTION,))]
+    drawing = [*chat.turns[:2], Turn("user", (prompts_of(model).question,))]
     whole = service.row(drawing)
 
     prompt = padded([whole])
@@ -268,11 +293,11 @@ def reuse(model: Model) -> Iterator[Row]:
     """The first token of an answer about an image that was drawn."""
     sampling = Sampling(max_images=1, max_new_tokens=1)
     chat = model.chat(sampling, context=128)
-    service, engine = chat.service, chat.service.engine
+    service, engine, known = chat.service, chat.service.engine, prompts_of(model)
     found: dict[str, list[tuple[float, int, int]]] = {"cached": [], "anew": []}
 
     def ask(chat: Chat) -> None:
-        list(chat.say(QUESTION, max_images=0))
+        list(chat.say(known.question, max_images=0))
 
     def anew(chat: Chat) -> None:
         """The picture goes through the shallow flow and the whole conversation is read."""
@@ -285,7 +310,7 @@ def reuse(model: Model) -> Iterator[Row]:
 
     for _ in range(5 * PAIRS + 2):
         chat = Chat(service, sampling)
-        list(chat.say("a handwritten three", draw=True))
+        list(chat.say(known.captions[3], draw=True))
         for name, call in (("cached", ask), ("anew", anew)):
             before = engine.fed, engine.reads
             seconds = timed(lambda: call(chat))  # noqa: B023
@@ -307,7 +332,7 @@ def main() -> None:
     """Measures and writes the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=pathlib.Path, required=True, help="file of the rows")
-    parser.add_argument("--model", type=pathlib.Path, help="of a digits run; default: random")
+    parser.add_argument("--model", type=pathlib.Path, help="of a run on digits or emoji; default: random")
     parser.add_argument("--only", choices=PARTS, action="append", help="a part; default: all")
     args = parser.parse_args()
     keep_freed_memory()
