@@ -332,7 +332,7 @@ def main() -> None:
     """Measures and writes the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=pathlib.Path, required=True, help="file of the rows")
-    parser.add_argument("--model", type=pathlib.Path, help="run on digits or emoji; default: random")
+    parser.add_argument("--model", type=pathlib.Path, help="run on digits, emoji; default: random")
     parser.add_argument("--only", choices=PARTS, action="append", help="a part; default: all")
     args = parser.parse_args()
     keep_freed_memory()
