@@ -63,9 +63,9 @@ def get_config() -> ml_collections.ConfigDict:
         dict(steps=150, learning_rate=3e-3, warmup=20),
     )
     config.stages.text_to_image = _stage(
-        dict(rows=32, length=26, images=1),
+        dict(rows=32, length=30, images=1),
         dict(draw=9.0, nothing=1.0),
-        dict(steps=800, learning_rate=2e-3, warmup=50, weight_decay=0.1),
+        dict(steps=750, learning_rate=2e-3, warmup=50, weight_decay=0.1),
     )
     config.stages.image_to_text = _stage(
         dict(rows=16, length=96, images=6),
@@ -74,8 +74,8 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.stages.joint = _stage(
         dict(rows=16, length=96, images=6),
-        dict(draw=4.0, nothing=0.5, category=1.0, tone=2.0),
-        dict(steps=350, learning_rate=8e-4, warmup=50, weight_decay=0.1),
+        dict(draw=3.0, nothing=0.4, category=1.0, tone=4.0),
+        dict(steps=350, learning_rate=6e-4, warmup=50, weight_decay=0.1),
     )
     config.checkpoint = group(dict(every=250, keep_last=1))
     config.evaluation = group(dict(every=250, batches=2, samples=500))

@@ -55,8 +55,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.vit = group(
         dict(width=512, layers=2, head_dim=64, layer_scale=0.05, most_masked=0.5, seen=4.0)
     )
-    # 768 numbers in place of 12,288: 2 x 2 tokens of 192, or, as wide as bare patches can be at
-    # this size, 8 x 8 of 12.
+    # 768 numbers in place of 12,288: 2 x 2 tokens of 192; of bare patches, whose feature decoder is
+    # as wide as a patch has numbers, 4 x 4 of 48.
     config.fae = group()
     config.fae.vit = group(
         dict(
@@ -69,11 +69,11 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.fae.patches = group(
         dict(
-            patch=8,
-            channels=12,
-            encoder=dict(heads=4, head_dim=64),
-            feature_decoder=dict(layers=3, mlp_width=512, positions="learned"),
-            pixel_decoder=dict(layers=2, width=288, heads=4, mlp_width=512),
+            patch=16,
+            channels=48,
+            encoder=dict(heads=12, head_dim=64),
+            feature_decoder=dict(layers=2, mlp_width=1024, positions="learned"),
+            pixel_decoder=dict(layers=2, width=832, heads=13, mlp_width=1024),
         )
     )
     # No perceptual network and no critic: what is asked of this FAE is the pixels.
