@@ -67,13 +67,15 @@ class LmmsModel(lmms):
             for start in range(0, len(numbers), self.batch_size):
                 some = numbers[start : start + self.batch_size]
                 conversations = [self._conversation(requests[n]) for n in some]
-                found = self._answers(conversations, json.loads(key))
+                found = self._answers(conversations, json.loads(key), some[0])
                 for n, reply in zip(some, found, strict=True):
                     replies[n] = reply
                     self.cache_hook.add_partial("generate_until", requests[n].args, reply)
         return [replies[n] for n in range(len(requests))]
 
-    def _answers(self, conversations: Sequence[list[Turn]], settings: dict[str, Any]) -> list[str]:
+    def _answers(
+        self, conversations: Sequence[list[Turn]], settings: dict[str, Any], first: int
+    ) -> list[str]:
         until = settings.get("until") or ()
         samples = settings.get("do_sample", bool(settings.get("temperature")))
         return self.responder.answers(
@@ -82,6 +84,8 @@ class LmmsModel(lmms):
             temperature=float(settings.get("temperature") or 1.0) if samples else 0.0,
             top_p=float(settings.get("top_p") or 1.0),
             seed=self._seed,
+            # A task that asks the same several times (`repeats`) wants several replies.
+            first=first,
             stop=(until,) if isinstance(until, str) else tuple(until),
             rows=self.batch_size,
         )

@@ -173,6 +173,22 @@ def test_paths_that_a_model_has_not_are_refused(folder):
         Responder(folder / "vlm", "latent")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["model", "vlm"])
+def test_sampled_replies_are_by_number_whatever_the_batch(folder, name):
+    responder = Responder(folder / name)
+    asked = [[responder.turn("user", ("which digit is this?",), "here")]] * 4
+
+    def answers(conversations, rows, first=0):
+        return responder.answers(
+            conversations, max_new_tokens=8, temperature=1.0, first=first, rows=rows
+        )
+
+    replies = answers(asked, 1)
+    assert len(set(replies)) == 4
+    assert answers(asked[:2], 2, first=2) == replies[2:]
+
+
 def test_both_kinds_of_pictures_are_read(folder, pictures):
     """Encoded or opened: the same turn."""
     responder = Responder(folder / "model")

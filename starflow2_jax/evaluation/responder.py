@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
@@ -93,6 +94,7 @@ class Responder:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        first: int = 0,
         stop: tuple[str, ...] = (),
         rows: int = 16,
     ) -> list[str]:
@@ -102,27 +104,31 @@ class Responder:
             conversations: each ends with a user's turn.
             max_new_tokens: of a reply.
             temperature, top_p, seed: see `Sampling`.
+            first: number of the first conversation among all that are asked, so that conversation
+                n is sampled alike in whatever batches they come, and one that is asked twice has
+                two replies.
             stop: strings that end a reply and are no part of it.
             rows: of a compiled batch.
 
         Raises:
             UserError: special tokens in a text, or more than the context holds.
         """
+        numbers = range(first, first + len(conversations))
         if self._model is not None:
             sampling = Sampling(
                 temperature=temperature,
                 top_p=top_p,
                 max_new_tokens=max_new_tokens,
                 max_images=0,
-                seed=seed,
+                seed=[np.random.SeedSequence([seed, n]).generate_state(1)[0] for n in numbers],
                 stop=stop,
             )
             replies = self._model.generate(conversations, sampling, rows=rows)
             texts = [reply.text for reply in replies]
         else:
-            writing = Writing(temperature, top_p, max_new_tokens, seed)
             texts = []
             for start in range(0, len(conversations), rows):
+                writing = Writing(temperature, top_p, max_new_tokens, seed + numbers[start])
                 some = self._assistant.answers(conversations[start : start + rows], writing)
                 texts += [answer.text for answer in some]
         return [_until(text, stop) for text in texts]
