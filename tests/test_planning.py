@@ -248,6 +248,9 @@ def test_flops_of_kernels():
     call = KernelCall("splash_mha_fwd_segmented_residuals", (mask, q, q, q), 1.0)
     # Blocks of 512: 3 of the 4 are not masked whole; two products of each.
     assert roofline.kernel_flops(call) == 2 * 2 * 2 * 48 * 3 * 512 * 512 * 64
+    positions_last = hlo.Array("bf16", (2, 48, 64, 1024))
+    other = dataclasses.replace(call, operands=(mask, *(positions_last,) * 3))
+    assert roofline.kernel_flops(other) == roofline.kernel_flops(call)
     for kind, products in {"dq": 3, "dkv": 4}.items():
         other = dataclasses.replace(call, name=f"splash_mha_{kind}_no_residuals")
         assert roofline.kernel_flops(other) * 2 == roofline.kernel_flops(call) * products

@@ -20,6 +20,9 @@ SPLASH_LANES = 128
 SPLASH_BLOCK = 512
 """Positions of a block of scores, at most."""
 SPLASH_HEAD_DIMS = (64, 128)
+# Positions last: they fill the 128 places that TPUs store a last axis in, where a head of 64 would
+# leave half of them empty, and the halves that a rotation takes are then whole rows.
+_LAYOUT = splash_attention_kernel.QKVLayout.SEQ_MINOR
 CUDNN_SEGMENTS = 32
 """Segments of a row, at most, that cuDNN is told of."""
 RESIDUALS = "attention"
@@ -48,6 +51,9 @@ def _splash_kernel(
         block_kv_dkv_compute=block,
         block_q_dq=block,
         block_kv_dq=block,
+        q_layout=_LAYOUT,
+        k_layout=_LAYOUT,
+        v_layout=_LAYOUT,
     )
     return splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * heads),
