@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import layout
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel,
     splash_attention_mask,
@@ -25,6 +26,8 @@ SPLASH_HEAD_DIMS = (64, 128)
 _LAYOUT = splash_attention_kernel.QKVLayout.SEQ_MINOR
 CUDNN_SEGMENTS = 32
 """Segments of a row, at most, that cuDNN is told of."""
+QKV = "qkv"
+"""Name of what attention takes, for rematerialisation policies."""
 RESIDUALS = "attention"
 """Name of what a kernel's backward pass needs, for rematerialisation policies."""
 
@@ -96,10 +99,9 @@ def splash(
     def here(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
         rows, length, kv_heads, groups, d = q.shape
         kernel = _splash_kernel(kv_heads * groups, length, causal, interpret)
-        heads_first = lambda a: jnp.moveaxis(a.reshape(rows, length, -1, d), 1, 2)
         ids = splash_attention_kernel.SegmentIds
         own = None if segments is None else ids(segments, segments)
-        mixed = jax.vmap(kernel)(heads_first(q), heads_first(k), heads_first(v), own)
+        mixed = jax.vmap(kernel)(*(_kept_for_splash(a) for a in (q, k, v)), own)
         return jnp.moveaxis(mixed, 1, 2).reshape(q.shape)
 
     names = ("batch", None, "heads", None, None)
@@ -110,6 +112,14 @@ def splash(
         names,
     )
     return mixed[:, :size]
+
+
+def _kept_for_splash(a: jax.Array) -> jax.Array:
+    """[B, T, ..., d] -> [B, H, T, d], named as it is stored for the kernel: positions last."""
+    stored = jnp.moveaxis(a.reshape(*a.shape[:2], -1, a.shape[-1]), 1, 3)
+    # Its gradient, too: from where it is, the rotation would be undone on half-empty rows.
+    stored = layout.with_layout_constraint(stored, layout.Layout((0, 1, 2, 3)))
+    return checkpoint_name(stored, QKV).swapaxes(2, 3)
 
 
 def cudnn(
