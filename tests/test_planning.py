@@ -130,6 +130,13 @@ def test_an_update_in_place_moves_the_update():
     assert found.memory_bytes == 2 * 8 * 128 * 4 + 4  # the update read and written, the index read
 
 
+def test_of_several_results_one_may_be_an_update_in_place():
+    found = cost(hlo.parse((HLO / "updates.txt").read_text()), {"data": 1})
+    piece = 8 * 128 * 4
+    # A slice of the second operand read, once; written into the stack, and doubled beside it.
+    assert found.memory_bytes == 3 * piece + 4
+
+
 def test_what_a_fusion_in_a_fusion_hands_on_is_read():
     found = cost(hlo.parse((HLO / "nested.txt").read_text()), {"data": 1})
     assert found.memory_bytes == 2 * (8 * 128 + 256 * 128 + 8 * 256)
