@@ -117,7 +117,8 @@ def splash(
 def _kept_for_splash(a: jax.Array) -> jax.Array:
     """[B, T, ..., d] -> [B, H, T, d], named as it is stored for the kernel: positions last."""
     stored = jnp.moveaxis(a.reshape(*a.shape[:2], -1, a.shape[-1]), 1, 3)
-    # Its gradient, too: from where it is, the rotation would be undone on half-empty rows.
+    # The gradient has this order as well: the kernel gives it with the channels last, and there a
+    # rotation would be undone on arrays of which three quarters are padding.
     stored = layout.with_layout_constraint(stored, layout.Layout((0, 1, 2, 3)))
     return checkpoint_name(stored, QKV).swapaxes(2, 3)
 

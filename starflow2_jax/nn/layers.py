@@ -218,8 +218,8 @@ def gelu(x: jax.Array) -> jax.Array:
 def _narrow_gelu(x: jax.Array) -> jax.Array:
     """GELU whose derivative is worked out in float32, from x alone.
 
-    JAX's own shares the erf with the value, which a backward pass that recomputes both would write
-    out and read again: three times the memory traffic of doing both in one go.
+    JAX's own shares the erf with the value: a backward pass that works both out would write it to
+    memory between the two, and could not do them in one go.
     """
     return jax.nn.gelu(x, approximate=False)
 
