@@ -1,12 +1,15 @@
 """Two forms of a cache, one function: stacked under a scan, and apart for unrolled layers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
-from starflow2_jax.nn import decoder
+from starflow2_jax.nn import decoder, layers
 from starflow2_jax.nn.attention import AttentionSpec, Slots
 
 CONFIG = decoder.DecoderConfig(
@@ -74,3 +77,49 @@ def test_a_row_without_room_writes_nothing():
     np.testing.assert_array_equal(grown.v[:, 0, :, 0], [[1, 1, 1, 5], [1, 5, 1, 1]])
     with pytest.raises(ValueError, match="grow by as much"):
         Slots(k, v, jnp.array(1)).extended(new, new, jnp.array([1, 1]))
+
+
+def products_of(jaxpr):
+    """How many products of matrices a program writes, those of its loops' bodies once."""
+    count = 0
+    for equation in jaxpr.eqns:
+        count += equation.primitive.name == "dot_general"
+        count += sum(products_of(inner) for inner in jaxprs_in_params(equation.params))
+    return count
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_of_kept_products_only_attention_is_computed_again(qk_norm):
+    def found(remat):
+        config = dataclasses.replace(CONFIG, remat=remat, qk_norm=qk_norm)
+        stack = decoder.Decoder(config, rngs=nnx.Rngs(0))
+        x = jax.random.normal(jax.random.key(1), (2, 5, CONFIG.width))
+        angles = jax.random.normal(jax.random.key(2), (1, 5, CONFIG.head_dim // 2))
+        loss = lambda stack, x: jnp.sin(stack(x, angles, AttentionSpec())[0]).sum()
+        gradient = jax.grad(loss, (0, 1))
+        leaves = jax.tree.leaves(gradient(stack, x))
+        return leaves, products_of(jax.make_jaxpr(gradient)(stack, x).jaxpr)
+
+    (plain, count), (kept, count_kept), (again, count_again) = map(
+        found, ("none", "products", "full")
+    )
+    for other in (kept, again):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), plain, other
+        )
+    # Scores and mixture, of attention without a kernel; of "full" all products but the last.
+    assert (count_kept - count, count_again - count) == (2, 6)
+
+
+def test_gelu_of_narrow_types_has_an_exact_derivative():
+    wide = jnp.linspace(-6.0, 6.0, 4001)
+    x = wide.astype(jnp.bfloat16)
+    plain = lambda x: jax.nn.gelu(x, approximate=False)
+    np.testing.assert_array_equal(layers.gelu(x), plain(x))
+    slope = jax.grad(lambda x: layers.gelu(x).astype(jnp.float32).sum())(x)
+    expected = jax.grad(lambda x: plain(x).sum())(x.astype(jnp.float32))
+    assert slope.dtype == jnp.bfloat16
+    np.testing.assert_allclose(slope.astype(jnp.float32), expected, rtol=2**-8, atol=1e-6)
+    # Of float32 it is JAX's own.
+    program = lambda f: str(jax.make_jaxpr(jax.grad(lambda x: f(x).sum()))(wide))
+    assert program(layers.gelu) == program(plain)

@@ -130,6 +130,13 @@ def test_an_update_in_place_moves_the_update():
     assert found.memory_bytes == 2 * 8 * 128 * 4 + 4  # the update read and written, the index read
 
 
+def test_of_several_results_one_may_be_an_update_in_place():
+    found = cost(hlo.parse((HLO / "updates.txt").read_text()), {"data": 1})
+    piece = 8 * 128 * 4
+    # A slice of the second operand read, once; written into the stack, and doubled beside it.
+    assert found.memory_bytes == 3 * piece + 4
+
+
 def test_what_a_fusion_in_a_fusion_hands_on_is_read():
     found = cost(hlo.parse((HLO / "nested.txt").read_text()), {"data": 1})
     assert found.memory_bytes == 2 * (8 * 128 + 256 * 128 + 8 * 256)
@@ -248,6 +255,9 @@ def test_flops_of_kernels():
     call = KernelCall("splash_mha_fwd_segmented_residuals", (mask, q, q, q), 1.0)
     # Blocks of 512: 3 of the 4 are not masked whole; two products of each.
     assert roofline.kernel_flops(call) == 2 * 2 * 2 * 48 * 3 * 512 * 512 * 64
+    positions_last = hlo.Array("bf16", (2, 48, 64, 1024))
+    other = dataclasses.replace(call, operands=(mask, *(positions_last,) * 3))
+    assert roofline.kernel_flops(other) == roofline.kernel_flops(call)
     for kind, products in {"dq": 3, "dkv": 4}.items():
         other = dataclasses.replace(call, name=f"splash_mha_{kind}_no_residuals")
         assert roofline.kernel_flops(other) * 2 == roofline.kernel_flops(call) * products

@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from starflow2_jax.nn import attention_kernels, partition
 from starflow2_jax.nn.layers import at_least_float32
@@ -182,13 +183,13 @@ def attend(
         return _attend_in_windows(q, k, v, spec, past)
     if past is not None and spec.segments is not None:
         raise ValueError("a cached row is one segment: pass lengths, not segments, with a cache")
-    rows, size = q.shape[:2]
-    if past is None and size >= KERNEL_SIZE:
-        platform = partition.platform()
-        if platform == "tpu":
-            return _attend_by_splash(q, k, v, spec)
-        if platform == "cuda":
-            return _attend_by_cudnn(q, k, v, spec)
+    size = q.shape[1]
+    platform = partition.platform() if past is None and size >= KERNEL_SIZE else None
+    if platform == "tpu":
+        return _attend_by_splash(q, k, v, spec)
+    q, k, v = (checkpoint_name(a, attention_kernels.QKV) for a in (q, k, v))
+    if platform == "cuda":
+        return _attend_by_cudnn(q, k, v, spec)
     # Of folded heads, the scores are those of the narrow ones: scale first.
     q, fold = _scaled(q, spec), 1 if past is None else past.k.shape[-1] // q.shape[-1]
     if fold > 1:

@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import layout
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel,
     splash_attention_mask,
@@ -20,8 +21,13 @@ SPLASH_LANES = 128
 SPLASH_BLOCK = 512
 """Positions of a block of scores, at most."""
 SPLASH_HEAD_DIMS = (64, 128)
+# Positions last: they fill the 128 places that TPUs store a last axis in, where a head of 64 would
+# leave half of them empty, and the halves that a rotation takes are then whole rows.
+_LAYOUT = splash_attention_kernel.QKVLayout.SEQ_MINOR
 CUDNN_SEGMENTS = 32
 """Segments of a row, at most, that cuDNN is told of."""
+QKV = "qkv"
+"""Name of what attention takes, for rematerialisation policies."""
 RESIDUALS = "attention"
 """Name of what a kernel's backward pass needs, for rematerialisation policies."""
 
@@ -48,6 +54,9 @@ def _splash_kernel(
         block_kv_dkv_compute=block,
         block_q_dq=block,
         block_kv_dq=block,
+        q_layout=_LAYOUT,
+        k_layout=_LAYOUT,
+        v_layout=_LAYOUT,
     )
     return splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * heads),
@@ -90,10 +99,9 @@ def splash(
     def here(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
         rows, length, kv_heads, groups, d = q.shape
         kernel = _splash_kernel(kv_heads * groups, length, causal, interpret)
-        heads_first = lambda a: jnp.moveaxis(a.reshape(rows, length, -1, d), 1, 2)
         ids = splash_attention_kernel.SegmentIds
         own = None if segments is None else ids(segments, segments)
-        mixed = jax.vmap(kernel)(heads_first(q), heads_first(k), heads_first(v), own)
+        mixed = jax.vmap(kernel)(*(_kept_for_splash(a) for a in (q, k, v)), own)
         return jnp.moveaxis(mixed, 1, 2).reshape(q.shape)
 
     names = ("batch", None, "heads", None, None)
@@ -104,6 +112,15 @@ def splash(
         names,
     )
     return mixed[:, :size]
+
+
+def _kept_for_splash(a: jax.Array) -> jax.Array:
+    """[B, T, ..., d] -> [B, H, T, d], named as it is stored for the kernel: positions last."""
+    stored = jnp.moveaxis(a.reshape(*a.shape[:2], -1, a.shape[-1]), 1, 3)
+    # The gradient has this order as well: the kernel gives it with the channels last, and there a
+    # rotation would be undone on arrays of which three quarters are padding.
+    stored = layout.with_layout_constraint(stored, layout.Layout((0, 1, 2, 3)))
+    return checkpoint_name(stored, QKV).swapaxes(2, 3)
 
 
 def cudnn(

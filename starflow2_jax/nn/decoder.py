@@ -24,7 +24,7 @@ Cache = dict[str, Any]
 UNROLLED_BYTES = 2**30
 
 # What the backward pass needs of a layer besides its input, but for what is elementwise.
-PRODUCTS = ("qkv", attention_kernels.RESIDUALS, "attended", *layers.MLP_PRODUCTS)
+PRODUCTS = (attention_kernels.QKV, attention_kernels.RESIDUALS, "attended", *layers.MLP_PRODUCTS)
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -116,12 +116,12 @@ class Attention(nnx.Module):
         """[B, T, D] -> rotated queries [B, T, K, G, d] and keys, and values, [B, T, K, d]."""
         c = self.config
         groups = c.heads // c.kv_heads
-        qkv = checkpoint_name(self.qkv(x), "qkv").reshape(
-            *x.shape[:2], c.kv_heads, groups + 2, c.head_dim
-        )
+        qkv = self.qkv(x).reshape(*x.shape[:2], c.kv_heads, groups + 2, c.head_dim)
         qkv = partition.constrain(qkv, ("batch", "length", "heads", None, None))
         q, k, v = qkv[..., :groups, :], qkv[..., groups, :], qkv[..., groups + 1, :]
         if self.q_norm is not None:
+            # What the norms' gradients need; without norms, attention has named all there is.
+            q, k = (checkpoint_name(a, attention_kernels.QKV) for a in (q, k))
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)

@@ -207,6 +207,34 @@ class LayerScale(nnx.Module):
         return x * self.gain[...].astype(x.dtype)
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact (erf) GELU; of narrow types, with a derivative of its own: see `_narrow_gelu`."""
+    if x.dtype == at_least_float32(x.dtype):
+        return jax.nn.gelu(x, approximate=False)
+    return _narrow_gelu(x)
+
+
+@jax.custom_jvp
+def _narrow_gelu(x: jax.Array) -> jax.Array:
+    """GELU whose derivative is worked out in float32, from x alone.
+
+    JAX's own shares the erf with the value: a backward pass that works both out would write it to
+    memory between the two, and could not do them in one go.
+    """
+    return jax.nn.gelu(x, approximate=False)
+
+
+@_narrow_gelu.defjvp
+def _narrow_gelu_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (x,), (change,) = primals, tangents
+    wide = x.astype(at_least_float32(x.dtype))
+    below = 0.5 * jax.lax.erfc(-math.sqrt(0.5) * wide)
+    density = jnp.exp(-0.5 * jnp.square(wide)) / math.sqrt(2.0 * math.pi)
+    return _narrow_gelu(x), change * (below + wide * density).astype(x.dtype)
+
+
 class GeluMLP(nnx.Module):
     """Linear D -> F, exact (erf) GELU or with `quick` x sigmoid(1.702 x), Linear F -> D."""
 
@@ -232,7 +260,7 @@ class GeluMLP(nnx.Module):
         hidden = partition.constrain(hidden, ("batch_in_mlp", "length", "mlp"))
         if self.quick:
             return self.down(hidden * jax.nn.sigmoid(1.702 * hidden))
-        return self.down(jax.nn.gelu(hidden, approximate=False))
+        return self.down(gelu(hidden))
 
 
 class SwiGLU(nnx.Module):

@@ -19,7 +19,8 @@ def kernel_flops(call: KernelCall) -> float:
     """
     arrays = [a for a in call.operands if len(a.dims) == 4 and a.dtype in ("bf16", "f16", "f32")]
     if call.name.startswith("splash_mha"):
-        rows, heads, length, d = arrays[0].dims
+        rows, heads, *sizes = arrays[0].dims
+        d, length = sorted(sizes)  # in either order; heads have 128 at most, rows at least
         block = attention_kernels.splash_block(length)
         blocks = length // block
         visited = blocks * (blocks + 1) / 2 * block * block  # of the causal mask
