@@ -57,7 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
             # The noise leaves only at the end of the last stage: without it, the fine detail of
             # the pixels drowns what the caption has to say.
             optimizer=dict(
-                steps=1700,
+                steps=1600,
                 learning_rate=2e-3,
                 warmup=50,
                 weight_decay=0.1,
@@ -89,13 +89,13 @@ def get_config() -> ml_collections.ConfigDict:
                 story=1.2,
             ),
             optimizer=dict(
-                steps=1500,
+                steps=1400,
                 learning_rate=8e-4,
                 warmup=50,
                 weight_decay=0.1,
                 noise_start=0.05,
                 noise_end=0.01,
-                noise_hold=0.6,
+                noise_hold=0.5,
                 noise_share=0.92,
             ),
         )
@@ -109,9 +109,9 @@ def get_config() -> ml_collections.ConfigDict:
             tuning=200,
             least_diversity=0.65,
             draws=4,
-            guidance=(0.5, 1.0, 2.0, 3.0),
+            guidance=(0.5, 1.0, 2.0),
             temperature=(1.1, 1.2, 1.3),
-            edit_guidance=(1.0, 2.0, 3.0),
+            edit_guidance=(1.0, 2.0),
             edit_temperature=(0.8, 0.9),
         )
     )

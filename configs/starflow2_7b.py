@@ -45,7 +45,7 @@ TOPOLOGIES = {
     "tpu7x:4x4x4": (dict(fsdp=16, columns=8), {}),
     "v5e:4x4": (dict(fsdp=16), {}),
     "v6e:2x4": (dict(fsdp=8), {}),
-    "h100:4x8": (dict(fsdp=32), dict(text_to_image=4, image_to_text=8, joint=8)),
+    "h100:4x8": (dict(data=4, fsdp=8), dict(text_to_image=4, image_to_text=4, joint=4)),
 }
 
 

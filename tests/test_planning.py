@@ -332,6 +332,7 @@ def test_the_smoke_config_on_a_tpu_slice(tmp_path, which):
 def test_the_smoke_config_on_gpus(tmp_path):
     # Not among the slow tests, though it is: whoever names the environment wants to know.
     python = os.environ["STARFLOW2_GPU_PYTHON"]
-    found, _, status = run_plan(python, tmp_path, "--topology", "h100:1x4", "--stage", "joint")
+    found, _, status = run_plan(python, tmp_path, "--topology", "h100:2x2", "--stage", "joint")
     assert status == 0 and found["fits"]
+    assert found["seconds"]["links"] > 0 and found["seconds"]["network"] > 0  # in a node, between
     assert {name for name in found["kernels"] if name.startswith("__cudnn")}

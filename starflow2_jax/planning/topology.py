@@ -241,17 +241,21 @@ def devices(topology: Topology) -> list[Any]:
     from jax.experimental import topologies
 
     check_installed(topology)
-    shape = "x".join(map(str, topology.shape))
     try:
         if topology.chip.platform == "cuda":
             _pretend_hopper()
+            nodes, gpus = topology.shape
             found = topologies.get_topology_desc(
-                platform="cuda", topology=f"{shape}x1", target_config=_GPU_TARGETS[topology.kind]
+                platform="cuda",
+                topology=f"{nodes}x1x{gpus}",  # one process a node: what it holds is not network
+                target_config=_GPU_TARGETS[topology.kind],
             )
         else:
             more = {"num_slices": topology.slices} if topology.slices > 1 else {}
             found = topologies.get_topology_desc(
-                platform="tpu", topology_name=f"{topology.kind}:{shape}", **more
+                platform="tpu",
+                topology_name=f"{topology.kind}:{'x'.join(map(str, topology.shape))}",
+                **more,
             )
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or "see the compiler's message above"
