@@ -18,7 +18,7 @@ from starflow2_jax.data import digits
 from starflow2_jax.data.digits import NUMBERS, STORY_IMAGES, Digits
 from starflow2_jax.data.sequences import Turn
 from starflow2_jax.evaluation.likelihood import paired_difference, score_captions
-from starflow2_jax.evaluation.pictures import grid, plot_losses
+from starflow2_jax.evaluation.pictures import draw_captions, grid, plot_losses
 from starflow2_jax.model import Model, Reply, Sampling
 from starflow2_jax.provenance import write_json
 from starflow2_jax.training.metrics import read_metrics
@@ -153,9 +153,8 @@ def _judged(judge: Judge, drawn: list[np.ndarray | None], wanted: np.ndarray) ->
 
 def draw_fixed_prompts(model: Model, folder: pathlib.Path, name: str) -> None:
     """Draws each caption twice with fixed seeds, into `folder/NAME.png`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn, _ = _draw(model, 20, Sampling(1.5, 0.9, max_images=1, seed=0))
-    grid(drawn, 10).save(folder / f"{name}.png")
+    captions = [digits.caption(i % 10) for i in range(20)]
+    draw_captions(model, captions, Sampling(1.5, 0.9, seed=0), folder / f"{name}.png", columns=10)
 
 
 def choose_sampling(

@@ -29,15 +29,22 @@ def grid(images: Sequence[np.ndarray], columns: int, scale: int = 2) -> Image.Im
 
 
 def draw_captions(
-    model: Model, captions: Sequence[str], sampling: Sampling, path: pathlib.Path
+    model: Model,
+    captions: Sequence[str],
+    sampling: Sampling,
+    path: pathlib.Path,
+    columns: int | None = None,
 ) -> None:
-    """Draws one picture of each caption, side by side into a PNG file."""
+    """Draws one picture of each caption, into a PNG file of so many columns (None: one row).
+
+    All processes of a job make the call; the first one writes.
+    """
     prompts = [[Turn("user", (caption,))] for caption in captions]
     x = model.draw_latents(prompts, sampling)
     drawn = fetch(model.bundle.codec.to_uint8(x))
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        grid(list(drawn), len(captions)).save(path)
+        grid(list(drawn), columns or len(captions)).save(path)
 
 
 def plot_losses(
