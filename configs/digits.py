@@ -95,7 +95,7 @@ def get_config() -> ml_collections.ConfigDict:
                 weight_decay=0.1,
                 noise_start=0.05,
                 noise_end=0.01,
-                noise_hold=0.5,
+                noise_hold=0.4,
                 noise_share=0.92,
             ),
         )
