@@ -7,6 +7,7 @@ DIR/tokenizer/   see `data.tokenizer`
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -16,7 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
+from starflow2_jax import model_folder
 from starflow2_jax.data.sequences import ImageShape
 from starflow2_jax.data.tokenizer import Tokenizer, load_tokenizer
 from starflow2_jax.errors import UserError
@@ -27,6 +31,7 @@ from starflow2_jax.models.fae_codec import FAECodec
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.patches import PatchCodec
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig, SpecialTokens
+from starflow2_jax.parallel import rules
 from starflow2_jax.parallel.distributed import fetch
 from starflow2_jax.provenance import write_json
 from starflow2_jax.training.checkpoint import checksum, load_tree, save_tree
@@ -90,7 +95,7 @@ def save_bundle(folder: pathlib.Path, bundle: Bundle) -> None:
         of_codec["fae"] = {"noise_std": bundle.codec.noise_std, "dtype": bundle.codec.dtype}
     else:
         tree["codec"] = fetch(_codec_arrays(bundle.codec))
-    save_tree(folder / "weights", tree, {}, overwrite=True)
+    save_tree(folder / model_folder.WEIGHTS, tree, {}, overwrite=True)
     record = {
         "format_version": FORMAT_VERSION,
         "model": dataclasses.asdict(bundle.model.config),
@@ -118,8 +123,14 @@ def is_bundle(folder: pathlib.Path) -> bool:
         return False
 
 
-def load_bundle(folder: pathlib.Path) -> Bundle:
+def load_bundle(folder: pathlib.Path, dtype: str | None = None, mesh: Mesh | None = None) -> Bundle:
     """Reads a model directory, or the work directory of a finished run.
+
+    Args:
+        folder: see above.
+        dtype: of the model's parameters; default: as stored.
+        mesh: the model is cut over it by `rules.SERVING`, each process reads what its devices hold;
+            the codec is on every device. Default: all on the first device.
 
     Raises:
         UserError: it is neither, or damaged.
@@ -139,20 +150,28 @@ def load_bundle(folder: pathlib.Path) -> Bundle:
         raise UserError(f"{path} has format version {version}, this package reads {FORMAT_VERSION}")
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Pretzel(config, rngs=nnx.Rngs(0))))
     shape = (image.height, image.width, image.channels)
-    wanted = {"model": nnx.to_pure_dict(abstract)}
+    weights, part = folder / model_folder.WEIGHTS, ("model",)
+    wanted = {
+        "model": model_folder.stored_parameters(weights, abstract, dtype, mesh, rules.SERVING, part)
+    }
+    everywhere: jax.sharding.Sharding = (
+        SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else NamedSharding(mesh, P())
+    )
     if "fae" not in record:
         patches, values = config.flow.channels, config.flow.tokens
+        struct = functools.partial(jax.ShapeDtypeStruct, sharding=everywhere)
         wanted["codec"] = {
-            "order": jax.ShapeDtypeStruct((patches * values,), jnp.int32),
-            "basis": jax.ShapeDtypeStruct((values, values), jnp.float32),
-            "waves": jax.ShapeDtypeStruct((values, patches, patches), jnp.float32),
-            "divisors": jax.ShapeDtypeStruct((values, patches), jnp.float32),
+            "order": struct((patches * values,), jnp.int32),
+            "basis": struct((values, values), jnp.float32),
+            "waves": struct((values, patches, patches), jnp.float32),
+            "divisors": struct((values, patches), jnp.float32),
         }
-    arrays, _ = load_tree(folder / "weights", jax.tree.map(_on_default_device, wanted))
+    arrays, _ = load_tree(weights, wanted)
     nnx.replace_by_pure_dict(abstract, arrays["model"])
     if "fae" in record:
         try:
-            codec = FAECodec(load_fae(folder / FAE_FOLDER), shape, **record["fae"])
+            fae = jax.device_put(load_fae(folder / FAE_FOLDER), everywhere)
+            codec = FAECodec(fae, shape, **record["fae"])
         except (TypeError, ValueError) as error:
             raise UserError(f"{path} does not fit {folder / FAE_FOLDER} ({error})") from error
     else:
@@ -164,8 +183,3 @@ def load_bundle(folder: pathlib.Path) -> Bundle:
         image=image,
         metadata=record,
     )
-
-
-def _on_default_device(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

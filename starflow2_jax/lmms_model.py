@@ -29,6 +29,7 @@ class LmmsModel(lmms):
         min_pixels: int = Limits.min_pixels,
         max_pixels: int = Limits.max_pixels,
         seed: int = 0,
+        devices: int = 1,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -40,6 +41,7 @@ class LmmsModel(lmms):
             path: "vit" or "latent", see `Responder`.
             min_pixels, max_pixels: of a picture for the tower; a converted VLM has its own.
             seed: of tasks that sample.
+            devices: that share out a STARFlow2 model's weights and rows.
             batch_size: requests of a batch.
             max_batch_size, device: the harness's own; JAX places the model.
 
@@ -52,7 +54,8 @@ class LmmsModel(lmms):
             raise UserError(f"path is {path!r}, expected vit or latent")
         if not str(batch_size).isdigit() or not int(batch_size):
             raise UserError(f"batch_size is {batch_size!r}, expected a positive number")
-        self.responder = Responder(pretrained, path, Limits(int(min_pixels), int(max_pixels)))
+        limits = Limits(int(min_pixels), int(max_pixels))
+        self.responder = Responder(pretrained, path, limits, devices=int(devices))
         self.batch_size = int(batch_size)
         self._seed = int(seed)
 

@@ -9,6 +9,7 @@
 Letters: I images of a conversation, N tokens per image, C latent channels, T positions.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from starflow2_jax.bundle import Bundle, load_bundle
 from starflow2_jax.data.pipeline import BatchShape, HostBatch, single_batch, to_rows
@@ -27,11 +29,13 @@ from starflow2_jax.errors import UserError
 from starflow2_jax.models.codec import Codec
 from starflow2_jax.models.patches import noisy_latents
 from starflow2_jax.models.pretzel import Pretzel
+from starflow2_jax.parallel import rules
 from starflow2_jax.parallel.distributed import fetch
+from starflow2_jax.parallel.mesh import serving_mesh
 from starflow2_jax.sampling import display, generate
 from starflow2_jax.sampling import jacobi as parallel
 from starflow2_jax.sampling.engine import EngineConfig
-from starflow2_jax.sampling.generate import Output
+from starflow2_jax.sampling.generate import Event, Output
 from starflow2_jax.sampling.jacobi import JacobiConfig
 from starflow2_jax.sampling.prompts import Image, Row
 from starflow2_jax.sampling.state import RowSettings, row_settings
@@ -116,22 +120,41 @@ class DrawScores:
     text: np.ndarray
 
 
-def load(folder: str | os.PathLike[str]) -> "Model":
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    devices: int = 1,
+) -> "Model":
     """Loads a model directory, or the work directory of a finished run.
 
+    Args:
+        folder: see above.
+        dtype: of the parameters; default: as stored.
+        devices: of this process, which share out weights and rows: none ever holds all weights.
+
     Raises:
-        UserError: it is neither, or damaged.
+        UserError: it is neither, or damaged; fewer devices.
     """
-    return Model(load_bundle(pathlib.Path(folder)))
+    mesh = serving_mesh(devices)
+    return Model(load_bundle(pathlib.Path(folder), dtype, mesh), mesh)
 
 
 class Model:
     """A model with its tokenizer and codec."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, mesh: Mesh | None = None) -> None:
+        """`mesh`: that the model lies on by `rules.SERVING`; None: on one device, or as it is."""
         self.bundle = bundle
+        self.mesh = mesh
         self.pretzel = bundle.model
         self.tokenizer = bundle.tokenizer
+
+    def placed(self) -> contextlib.AbstractContextManager:
+        """What to run the model's functions in: its mesh, if it has one."""
+        if self.mesh is None:
+            return contextlib.nullcontext()
+        return rules.use(self.mesh, rules.SERVING)
 
     def encode(self, conversation: Conversation, *, draw: bool = False) -> Document:
         """A conversation as a prompt: the reply's turn is open, and its image too with `draw`."""
@@ -167,7 +190,8 @@ class Model:
             here = here if len(prompts) > rows else list(range(len(prompts)))
             encoded = self._rows([prompts[i] for i in here], draw)
             options = self._options(here, sampling, context)
-            outputs += generate.generate(self.pretzel, encoded, jacobi=jacobi, **options)
+            with self.placed():
+                outputs += generate.generate(self.pretzel, encoded, jacobi=jacobi, **options)
         outputs = outputs[: len(prompts)]
         drawn = [piece.u for out in outputs for piece in out.pieces if isinstance(piece, Image)]
         pixels = iter(self.pixels(np.stack(drawn), jacobi) if drawn else ())
@@ -196,7 +220,9 @@ class Model:
         rows = self._rows([prompt], draw)
         options = self._options([0], sampling, context)
         text = TextPieces(self.text)
-        for event in generate.stream(self.pretzel, rows, jacobi=jacobi, **options):
+        events = generate.stream(self.pretzel, rows, jacobi=jacobi, **options)
+        # The mesh is in context while an event is made, and never while the caller has it.
+        for event in iter(lambda: self._next(events), None):
             if isinstance(event, generate.TextEvent):
                 if more := text.more(event.tokens):
                     yield more
@@ -205,6 +231,10 @@ class Model:
                     yield more
                 if isinstance(event, generate.ImageEvent):
                     yield self.pixels(event.u[None], jacobi)[0]
+
+    def _next(self, events: Iterator[Event]) -> Event | None:
+        with self.placed():
+            return next(events, None)
 
     def chat(self, sampling: Sampling = Sampling(), *, context: int = 1024) -> "Chat":
         """A conversation that keeps its caches from turn to turn.
@@ -216,7 +246,8 @@ class Model:
         from starflow2_jax.service import Chat, Service  # which is made of models
 
         most = int(np.max(sampling.max_images))
-        config = EngineConfig(rows=1, context=context, images=max(1, most), chunk=32, steps=1)
+        rows = 1 if self.mesh is None else self.mesh.size
+        config = EngineConfig(rows=rows, context=context, images=max(1, most), chunk=32, steps=1)
         return Chat(Service(self, config), sampling)
 
     def log_prob(
@@ -273,7 +304,10 @@ class Model:
             batch = single_batch(part, shape, tower)
             for row, seed in enumerate(seeds[start : start + shape.rows]):
                 batch["image_seeds"][row] = _image_seeds(seed, most)
-            found = [_score(self.pretzel, self.bundle.codec, batch, draw) for draw in range(draws)]
+            with self.placed():
+                found = [
+                    _score(self.pretzel, self.bundle.codec, batch, draw) for draw in range(draws)
+                ]
             images, text = (np.stack(s).astype(np.float64) for s in zip(*found, strict=True))
             for row, document in enumerate(part):
                 loss = np.flatnonzero(document.text_loss)
@@ -289,12 +323,13 @@ class Model:
         """
         count = len(u)
         padded = np.resize(u, (generate.bucket(count, 4), *u.shape[1:]))
-        latents = jnp.asarray(padded)
-        if jacobi is None:
-            x = display.to_x(self.pretzel, latents)
-        else:
-            x, _ = parallel.to_x(self.pretzel, latents, jacobi)
-        return fetch(self.bundle.codec.to_uint8(x))[:count]
+        with self.placed():
+            latents = jnp.asarray(padded)
+            if jacobi is None:
+                x = display.to_x(self.pretzel, latents)
+            else:
+                x, _ = parallel.to_x(self.pretzel, latents, jacobi)
+            return fetch(self.bundle.codec.to_uint8(x))[:count]
 
     def draw_latents(
         self, prompts: Sequence[Conversation], sampling: Sampling, *, rows: int = 128
@@ -311,10 +346,11 @@ class Model:
             here = here if len(prompts) > rows else list(range(len(prompts)))
             encoded = self._rows([prompts[i] for i in here], draw=True)
             options = self._options(here, sampling, None)
-            for output in generate.generate(self.pretzel, encoded, **options):
-                drawn.append(next(p.u for p in output.pieces if isinstance(p, Image)))
-        u = jnp.asarray(np.stack(drawn[: len(prompts)]))
-        return fetch(display.to_x(self.pretzel, u))
+            with self.placed():
+                outputs = generate.generate(self.pretzel, encoded, **options)
+            drawn += [next(p.u for p in out.pieces if isinstance(p, Image)) for out in outputs]
+        with self.placed():
+            return fetch(display.to_x(self.pretzel, jnp.asarray(np.stack(drawn[: len(prompts)]))))
 
     def latents(self, images: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
         """Images uint8 [B, H, W, channels] as they are read, with noise by their seeds, to u.
@@ -325,7 +361,9 @@ class Model:
         count = generate.bucket(len(images), 4)
         padded = np.resize(images, (count, *images.shape[1:]))
         numbers = np.resize(np.asarray(seeds, np.uint32), count)
-        return fetch(_latents(self.pretzel, self.bundle.codec, padded, numbers))[: len(images)]
+        with self.placed():
+            found = _latents(self.pretzel, self.bundle.codec, padded, numbers)
+            return fetch(found)[: len(images)]
 
     def reading_seeds(self, images: int) -> np.ndarray:
         """Seeds uint32 [images] of the noise of a prompt's images, in order."""

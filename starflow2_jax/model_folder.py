@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from starflow2_jax.errors import UserError
+from starflow2_jax.nn import partition
 from starflow2_jax.parallel import rules
 from starflow2_jax.provenance import write_json
 from starflow2_jax.training.checkpoint import load_tree, stored_tree
@@ -84,6 +85,45 @@ def read_description(
         raise UserError(f"{path} is not the description of {what} ({error!r})") from error
 
 
+def stored_parameters(
+    weights: pathlib.Path,
+    abstract: nnx.State,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    table: Mapping[str, partition.MeshAxes] = rules.RULES,
+    part: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """What to restore a model's parameters as: a pure dict of `jax.ShapeDtypeStruct`.
+
+    Args:
+        weights: the folder that holds them.
+        abstract: the parameters' shapes.
+        dtype: of the parameters; default: as stored.
+        mesh: each process reads what its devices hold of it; default: all on the first device.
+        table: how they are cut over the mesh.
+        part: where they are in the folder's tree.
+
+    Raises:
+        UserError: damaged.
+    """
+    stored = stored_tree(weights)
+    if mesh is None:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: device, abstract)
+    else:
+        shardings = rules.shardings(abstract, mesh, table)
+
+    def wanted(path: tuple, leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        names = part + tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+        as_stored = stored[names].dtype if names in stored else leaf.dtype
+        kind = jnp.dtype(dtype) if dtype else as_stored
+        return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(
+        wanted, nnx.to_pure_dict(abstract), nnx.to_pure_dict(shardings)
+    )
+
+
 def load_parameters(
     weights: pathlib.Path,
     make_model: Callable[[], Model],
@@ -95,30 +135,13 @@ def load_parameters(
     Args:
         weights: the folder.
         make_model: builds the model; it is traced only.
-        dtype: of the parameters; default: as stored.
-        mesh: each process reads what its devices hold of it; default: all on the first device.
+        dtype, mesh: see `stored_parameters`.
 
     Raises:
         UserError: damaged, or of another model.
     """
     # What is no parameter (statistics of data, say) keeps its place without a value.
     graphdef, abstract, others = nnx.split(nnx.eval_shape(make_model), nnx.Param, ...)
-    stored = stored_tree(weights)
-    if mesh is None:
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: device, abstract)
-    else:
-        shardings = rules.shardings(abstract, mesh)
-
-    def wanted(path: tuple, leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-        names = tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
-        as_stored = stored[names].dtype if names in stored else leaf.dtype
-        kind = jnp.dtype(dtype) if dtype else as_stored
-        return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=sharding)
-
-    tree = jax.tree_util.tree_map_with_path(
-        wanted, nnx.to_pure_dict(abstract), nnx.to_pure_dict(shardings)
-    )
-    arrays, _ = load_tree(weights, tree)
+    arrays, _ = load_tree(weights, stored_parameters(weights, abstract, dtype, mesh))
     nnx.replace_by_pure_dict(abstract, arrays)
     return nnx.merge(graphdef, abstract, others)

@@ -22,7 +22,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
 from starflow2_jax.data.decoding import decode
 from starflow2_jax.data.sequences import Turn, unconditional_prompt
@@ -66,13 +65,11 @@ class Service:
         self,
         model: Model,
         config: EngineConfig = EngineConfig(),
-        *,
-        mesh: Mesh | None = None,
     ) -> None:
-        """Allocates the caches; see `Engine`."""
+        """Allocates the caches, on the model's mesh if it has one; see `Engine`."""
         self.model = model
         empty = unconditional_prompt(model.tokenizer, model.bundle.image).tokens
-        self.engine = Engine(model.pretzel, config, unconditional=empty, mesh=mesh)
+        self.engine = Engine(model.pretzel, config, unconditional=empty, mesh=model.mesh)
         self._texts: dict[int, TextPieces] = {}
         self._pieces: dict[int, list[Piece]] = collections.defaultdict(list)
         self._latents: collections.OrderedDict[bytes, np.ndarray] = collections.OrderedDict()

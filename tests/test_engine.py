@@ -25,7 +25,7 @@ from sampling_cases import (
 
 from starflow2_jax.errors import UserError
 from starflow2_jax.parallel import rules
-from starflow2_jax.parallel.mesh import MeshConfig, make_mesh
+from starflow2_jax.parallel.mesh import serving_mesh
 from starflow2_jax.sampling import generate, slots
 from starflow2_jax.sampling.engine import Engine, EngineConfig, Request
 from starflow2_jax.sampling.prompts import Image, Text, extended
@@ -215,20 +215,21 @@ def test_stop_strings_cancelling_and_refusals(x64):
 @pytest.mark.slow
 def test_on_a_mesh_the_rows_are_cut(x64):
     assert len(jax.devices()) == 8
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = serving_mesh(4)
     config = dataclasses.replace(SIZES, rows=4, twins=4)
     model = random_model()
     graphdef, state = nnx.split(model)
-    sharded = nnx.merge(graphdef, jax.device_put(state, rules.shardings(state, mesh)))
+    places = rules.shardings(state, mesh, rules.SERVING)
+    sharded = nnx.merge(graphdef, jax.device_put(state, places))
     engine = make(sharded, config, mesh=mesh)
     engine.warm_up()
     before = traced()
     for stored in jax.tree.leaves(engine._state.caches["vlm"]["k"]):
-        assert len(stored.sharding.device_set) == 8
+        assert len(stored.sharding.device_set) == 4
         assert not stored.sharding.is_fully_replicated
     ours = served(engine, requests())
     assert traced() == before
     for mine, theirs in zip(ours, served(make(model, config), requests()), strict=True):
         same(mine, theirs, exact=False)
-    with pytest.raises(ValueError, match="cannot be shared out"):
+    with pytest.raises(UserError, match="cannot be shared out"):
         make(sharded, SIZES, mesh=mesh)

@@ -1,10 +1,13 @@
 """The Python interface: a saved model loads, writes, draws, streams and scores."""
 
+import collections
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 
 from starflow2_jax import Sampling, Turn, load
 from starflow2_jax.bundle import save_bundle
@@ -16,6 +19,12 @@ from starflow2_jax.model import Model
 from starflow2_jax.models.patches import noisy_latents
 
 SHAPE = tiny.SHAPE
+
+
+def _leaves(model):
+    return jax.tree.leaves(nnx.state(model.pretzel))
+
+
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 1), dtype=np.uint8)
 
 
@@ -37,6 +46,47 @@ def test_a_saved_model_is_the_same_model(model, tmp_path):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(UserError, match="no model.json"):
         load(tmp_path / "elsewhere")
+
+
+@pytest.mark.distributed
+def test_a_model_on_several_devices_is_the_same_model(model, tmp_path):
+    save_bundle(tmp_path, model.bundle)
+    spread = load(tmp_path, devices=4)
+    held = collections.Counter()
+    for leaf in _leaves(spread):
+        for shard in leaf.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    whole = sum(leaf.nbytes for leaf in _leaves(spread))
+    assert len(held) == 4 and max(held.values()) < 0.5 * whole
+    turns = [Turn("user", (IMAGES[0], digits.QUESTION)), Turn("assistant", ("three", IMAGES[1]))]
+    for ours, theirs in zip(spread.log_prob([turns] * 4), model.log_prob([turns] * 4), strict=True):
+        np.testing.assert_allclose(ours.images, theirs.images, rtol=1e-5)
+        np.testing.assert_allclose(ours.text, theirs.text, rtol=1e-4)
+    prompts = [[Turn("user", (digits.caption(d),))] for d in range(4)]
+    sampling = Sampling(guidance=1.0, max_images=1, max_new_tokens=4)
+    ours, theirs = (m.generate(prompts, sampling, draw=True) for m in (spread, model))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.text == b.text
+        for one, other in zip(a.images, b.images, strict=True):
+            assert np.abs(one.astype(int) - other).max() <= 1
+    half = load(tmp_path, dtype="bfloat16")
+    assert {str(leaf.dtype) for leaf in _leaves(half)} == {"bfloat16"}
+    with pytest.raises(UserError, match=r"on 99 devices: this process has"):
+        load(tmp_path, devices=99)
+
+
+def test_a_conversation_on_several_devices(model, tmp_path):
+    save_bundle(tmp_path, model.bundle)
+    said = []
+    for one in (load(tmp_path, devices=4), model):
+        chat = one.chat(Sampling(max_images=1, max_new_tokens=4), context=64)
+        said.append([*chat.say(digits.caption(3), draw=True), *chat.say("and?", max_images=0)])
+    assert [type(part) for part in said[0]] == [type(part) for part in said[1]]
+    for a, b in zip(*said, strict=True):
+        if isinstance(a, str):
+            assert a == b
+        else:
+            assert np.abs(a.astype(int) - b).max() <= 1
 
 
 def test_drawing_starts_at_once_and_has_the_image_shape(model):

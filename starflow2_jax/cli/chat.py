@@ -13,6 +13,7 @@ import pathlib
 import sys
 from typing import TextIO
 
+from starflow2_jax.cli.arguments import add_model, load_model
 from starflow2_jax.errors import UserError
 
 SUMMARY = "talk with a model, in text and images"
@@ -34,9 +35,7 @@ exit codes: 0 done; 2 bad input
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument(
-        "--model", metavar="DIR", required=True, help="a model's, or converted VLM's"
-    )
+    add_model(parser, "model directory, finished run's workdir, or a converted VLM's")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", help="one turn, one reply")
     what.add_argument("--batch", metavar="FILE", help="JSONL file of conversations")
@@ -64,9 +63,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         help="most positions; default: 1024, or what the VLM's config.json says",
-    )
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), help="of the arithmetic; default: as stored"
     )
     parser.epilog = _EPILOG
 
@@ -101,15 +97,14 @@ def run(args: argparse.Namespace) -> None:
 
 def _with_images(args: argparse.Namespace) -> None:
     from starflow2_jax import conversation
-    from starflow2_jax.model import Sampling, load
+    from starflow2_jax.model import Sampling
     from starflow2_jax.service import read_image
 
-    if args.batch is not None or args.out is not None or args.dtype is not None:
+    if args.batch is not None or args.out is not None:
         raise UserError(
-            "--batch, --out and --dtype go with a converted VLM; for many prompts see "
-            "starflow2 sample"
+            "--batch and --out go with a converted VLM; for many prompts see starflow2 sample"
         )
-    model = load(args.model)
+    model = load_model(args)
     sampling = Sampling(
         guidance=args.guidance,
         image_temperature=args.image_temperature,
@@ -137,6 +132,8 @@ def _with_vlm(args: argparse.Namespace) -> None:
 
     if args.batch is None and args.out is not None:
         raise UserError("--out goes with --batch; a conversation is shown in the terminal")
+    if args.devices != 1:
+        raise UserError("--devices goes with a STARFlow2 model; a converted VLM lies on one")
     assistant = vlm.Assistant.load(args.model, args.dtype, args.context)
     writing = vlm.Writing(args.temperature, args.top_p, args.max_new_tokens, args.seed)
     if args.batch is not None:

@@ -7,7 +7,7 @@ images, or the prompt file of a benchmark. Every reply starts with an image, unl
 import argparse
 import pathlib
 
-from starflow2_jax.cli.arguments import add_model, positive
+from starflow2_jax.cli.arguments import add_model, load_model, positive
 from starflow2_jax.errors import UserError
 
 SUMMARY = "draw and write: prompts in, images and text out"
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
 
     from starflow2_jax import sample
     from starflow2_jax.evaluation import formats
-    from starflow2_jax.model import Sampling, load
+    from starflow2_jax.model import Sampling
     from starflow2_jax.sampling.engine import EngineConfig
     from starflow2_jax.service import Service
     from starflow2_jax.training.metrics import Progress
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
         "wise": formats.Wise,
         "lmms": lambda **changes: formats.LmmsEval(task=args.task, **changes),
     }
-    model = load(args.model)
+    model = load_model(args)
     path = pathlib.Path(args.prompts) if args.prompts else None
     layout, items = None, None
     if args.format != "plain":

@@ -5,7 +5,7 @@ Needs the extra `serve`: pip install 'starflow2-jax[serve]'.
 
 import argparse
 
-from starflow2_jax.cli.arguments import add_model, positive
+from starflow2_jax.cli.arguments import add_model, load_model, positive
 from starflow2_jax.errors import UserError
 
 SUMMARY = "serve a model over HTTP"
@@ -71,12 +71,11 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"{error.name} is not installed; pip install 'starflow2-jax[serve]'"
         ) from error
-    from starflow2_jax.model import load
     from starflow2_jax.sampling.engine import EngineConfig
     from starflow2_jax.service import Service
 
     config = EngineConfig(rows=args.rows, context=args.context, images=args.max_images)
-    service = Service(load(args.model), config)
+    service = Service(load_model(args), config)
     print("compiling", flush=True)
     service.engine.warm_up()
     application = make_application(service, ServerConfig(args.waiting, args.body_mb * 2**20))

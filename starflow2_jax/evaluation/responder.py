@@ -32,7 +32,13 @@ class Responder:
     """A model that answers in words."""
 
     def __init__(
-        self, folder: str | os.PathLike[str], path: Path | None = None, limits: Limits = Limits()
+        self,
+        folder: str | os.PathLike[str],
+        path: Path | None = None,
+        limits: Limits = Limits(),
+        *,
+        dtype: str | None = None,
+        devices: int = 1,
     ) -> None:
         """Loads a model.
 
@@ -40,13 +46,21 @@ class Responder:
             folder: a STARFlow2 model or run, or a converted VLM.
             path: how it sees; default: through the vision tower if it has one.
             limits: of the pictures' size for the tower; a converted VLM has its own.
+            dtype: of the parameters; default: as stored.
+            devices: see `model.load`; a converted VLM lies on one.
 
         Raises:
             UserError: it is neither, or damaged, or cannot see in that way.
         """
         place = pathlib.Path(folder)
-        self._model: Model | None = load(place) if is_bundle(place) else None
-        self._assistant = Assistant.load(place) if self._model is None else None
+        self._model: Model | None = None
+        self._assistant: Assistant | None = None
+        if is_bundle(place):
+            self._model = load(place, dtype=dtype, devices=devices)
+        elif devices != 1:
+            raise UserError(f"{place} is a converted VLM, which lies on one device, not {devices}")
+        else:
+            self._assistant = Assistant.load(place, dtype)
         if self._model is not None:
             self._tower, self._limits = self._model.pretzel.config.vlm.vision, limits
         else:

@@ -139,6 +139,21 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None =
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def serving_mesh(devices: int) -> Mesh | None:
+    """The mesh of a model that is only sampled or scored; see `rules.SERVING`.
+
+    Args:
+        devices: of this process, which share out weights and rows; 1: there is no mesh.
+
+    Raises:
+        UserError: the process has fewer.
+    """
+    here = jax.local_devices()
+    if devices > len(here):
+        raise UserError(f"a model on {devices} devices: this process has {len(here)}")
+    return None if devices == 1 else make_mesh(MeshConfig(fsdp=devices), here[:devices])
+
+
 def check_batch(rows: int, mesh: Mesh, parts: int = 1) -> None:
     """Checks that each device of the batch's axes gets equally many of a batch's rows.
 

@@ -155,26 +155,29 @@ class Engine:
         """Allocates the caches.
 
         Args:
-            model: the model; under a mesh its parameters lie on it already.
+            model: the model; under a mesh its parameters lie on it already, by `rules.SERVING`.
             config: sizes.
             unconditional: token ids of the row without content, up to `<|vision_start|>`; None:
                 requests with guidance are refused.
-            mesh: rows are cut over data and fsdp, heads over tensor. All processes of a job make
-                the same calls.
+            mesh: weights stay where they are, the rows' caches are cut over its devices. All
+                processes of a job make the same calls.
 
         Raises:
-            UserError: the unconditional row and an image do not fit the context.
-            ValueError: the mesh does not divide the rows or the twins.
+            UserError: the unconditional row and an image do not fit the context; the mesh does not
+                divide the rows or the twins.
         """
         self.config = config
         self._shape = model.config
-        self._model = slots.for_decoding(model)
+        self._model = slots.for_decoding(model) if mesh is None else model
         self._mesh = mesh
         self._unconditional = None if unconditional is None else tuple(map(int, unconditional))
         twins = config.twins or config.rows
         if mesh is not None:
-            meshes.check_batch(config.rows, mesh)
-            meshes.check_batch(twins, mesh)
+            try:
+                meshes.check_batch(config.rows, mesh)
+                meshes.check_batch(twins, mesh)
+            except ValueError as error:
+                raise UserError(str(error)) from error
         if self._unconditional is not None:
             needed = len(self._unconditional) + self._shape.flow.tokens + 1
             if needed > config.context:
@@ -274,7 +277,9 @@ class Engine:
         self.fed = self.reads = self.steps = 0
 
     def _placed(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self._mesh is None else rules.use(self._mesh)
+        if self._mesh is None:
+            return contextlib.nullcontext()
+        return rules.use(self._mesh, rules.SERVING)
 
     def _in_place(self, state: SampleState) -> SampleState:
         """On a mesh, with every array named as lying where it lay at the start: nothing moves.

@@ -137,8 +137,22 @@ class Chunk:
 def _rows_of(stored: jax.Array, rows: jax.Array) -> jax.Array:
     """Some rows, int32 [G], of a cache's leaf; what a row beyond the last gives has no meaning."""
     axis = step.row_axis(stored)
-    one = lambda row: jax.lax.dynamic_slice_in_dim(stored, row, 1, axis)
+
+    def one(row: jax.Array) -> jax.Array:
+        if partition.axis_extent("batch") == 1:
+            return jax.lax.dynamic_slice_in_dim(stored, row, 1, axis)
+        # Where rows lie apart, a slice would gather all of them; of a sum, one row travels.
+        mine = jnp.where(_is_row(stored, row), stored, 0)
+        return mine.sum(axis, keepdims=True, dtype=stored.dtype)
+
     return jnp.concatenate([one(rows[n]) for n in range(len(rows))], axis)
+
+
+def _is_row(stored: jax.Array, row: jax.Array) -> jax.Array:
+    """Where a cache's leaf holds one row: bool, of one axis that is longer than 1."""
+    axis = step.row_axis(stored)
+    here = jnp.arange(stored.shape[axis]) == row
+    return jnp.expand_dims(here, [n for n in range(stored.ndim) if n != axis])
 
 
 def _with_rows(stored: jax.Array, new: jax.Array, rows: jax.Array, there: jax.Array) -> jax.Array:
@@ -147,6 +161,10 @@ def _with_rows(stored: jax.Array, new: jax.Array, rows: jax.Array, there: jax.Ar
     new = new.astype(stored.dtype)
     # Whole rows one after another are copies of memory; a scatter goes number by number on a CPU.
     for n in range(len(rows)):
+        if partition.axis_extent("batch") > 1:
+            here = _is_row(stored, rows[n]) & there[n]
+            stored = jnp.where(here, jax.lax.slice_in_dim(new, n, n + 1, axis=axis), stored)
+            continue
         old = jax.lax.dynamic_slice_in_dim(stored, rows[n], 1, axis)
         mine = jnp.where(there[n], jax.lax.slice_in_dim(new, n, n + 1, axis=axis), old)
         stored = jax.lax.dynamic_update_slice_in_dim(stored, mine, rows[n], axis)

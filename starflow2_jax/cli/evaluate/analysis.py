@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from starflow2_jax.cli.arguments import add_model, positive
+from starflow2_jax.cli.arguments import add_model, load_model, positive
 from starflow2_jax.cli.evaluate.arguments import add_paths, add_records
 from starflow2_jax.cli.evaluate.output import print_summary
 from starflow2_jax.errors import UserError
@@ -56,7 +56,6 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: bad model, data or setting.
     """
-    from starflow2_jax import load
     from starflow2_jax.evaluation import analysis, analysis_plots
     from starflow2_jax.evaluation.dataset import drawing, open_dataset
     from starflow2_jax.flow_bundle import model_folder
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     if args.guidance < 0 or args.seed < 0:
         raise UserError("--guidance and --seed are at least 0")
     folder = pathlib.Path(args.model)
-    model = load(folder)
+    model = load_model(args)
     dataset = open_dataset(
         args.data,
         model.bundle.image,

@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from starflow2_jax.cli.arguments import add_model, positive
+from starflow2_jax.cli.arguments import add_model, load_model, positive
 from starflow2_jax.cli.evaluate.arguments import add_paths, add_records
 from starflow2_jax.cli.evaluate.output import print_summary, progress_of
 from starflow2_jax.errors import UserError
@@ -105,6 +105,10 @@ def _of_images(args: argparse.Namespace) -> None:
         raise UserError(f"{folder} is a model of latents; expected one of pixels, a TarFlow")
     if len(args.data) != 1:
         raise UserError(f"{len(args.data)} paths in --data; an image flow takes one folder")
+    if args.devices != 1 or args.dtype is not None:
+        raise UserError(
+            f"--devices and --dtype are for STARFlow2 models; {folder} is an image flow"
+        )
     for name, default in args.of_conversations.items():
         if getattr(args, name) != default:
             raise UserError(f"--{name} is for STARFlow2 models; {folder} is an image flow")
@@ -130,7 +134,6 @@ def _of_images(args: argparse.Namespace) -> None:
 def _of_conversations(args: argparse.Namespace) -> None:
     import jax
 
-    from starflow2_jax import load
     from starflow2_jax.evaluation import likelihood_job
     from starflow2_jax.flow_bundle import model_folder
     from starflow2_jax.parallel.distributed import join_job
@@ -139,7 +142,7 @@ def _of_conversations(args: argparse.Namespace) -> None:
     folder = pathlib.Path(args.model)
     if args.no_bayes:
         raise UserError(f"--no-bayes is for image flows; {folder} is a STARFlow2 model")
-    model = load(folder)
+    model = load_model(args)
     out = pathlib.Path(args.out) if args.out else model_folder(folder) / args.score
     setting = likelihood_job.Setting(
         score=args.score,

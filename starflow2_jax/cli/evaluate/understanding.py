@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from starflow2_jax.cli.arguments import positive
+from starflow2_jax.cli.arguments import add_model, positive
 from starflow2_jax.cli.evaluate.output import print_summary, progress_of
 
 SUMMARY = "questions about pictures: exact match, ANLS"
@@ -30,9 +30,7 @@ exit codes: 0 done; 2 bad input
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    parser.add_argument(
-        "--model", metavar="DIR", required=True, help="STARFlow2 model or run, or a converted VLM"
-    )
+    add_model(parser, "STARFlow2 model or run, or a converted VLM")
     parser.add_argument("--data", metavar="FILE", nargs="+", required=True, help="JSONL, see below")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder of the results")
     parser.add_argument(
@@ -81,7 +79,8 @@ def run(args: argparse.Namespace) -> None:
         max_new_tokens=args.max_new_tokens,
         rows=args.rows,
     )
-    responder, out = Responder(args.model, args.path), pathlib.Path(args.out)
+    responder = Responder(args.model, args.path, dtype=args.dtype, devices=args.devices)
+    out = pathlib.Path(args.out)
     summary = understanding.run(
         responder,
         setting,
