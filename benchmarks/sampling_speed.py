@@ -9,8 +9,8 @@ batch    tokens and images per second of whole batches of 1 to 64, guided or not
          latent and by Jacobi iteration
 step     seconds of one engine step at 1 to 64 rows, and over the time in which this machine reads
          the same bytes (weights and caches) once
-engine   64 mixed requests through 16 rows, and through a separately compiled engine of one row; how
-         many give the same bits alone in the engine of 16
+engine   64 mixed requests through 24 rows, and through a separately compiled engine of one row; how
+         many give the same bits alone in the engine of 24
 reuse    an answer about an image that was just drawn, with its caches and encoded anew from pixels;
          what that changes in the latents and the next logits, from latents x and from pixels
 """
@@ -46,7 +46,7 @@ from starflow2_jax.sampling.prompts import padded
 from starflow2_jax.sampling.state import Mode, row_settings
 from starflow2_jax.service import Chat, Service
 
-PAIRS, BATCHES, TOKENS, GUIDANCE = 3, (1, 4, 16, 64), 32, 2.0
+PAIRS, BATCHES, MANY, TOKENS, GUIDANCE = 3, (1, 4, 16, 64), 32, 32, 2.0
 JACOBI = JacobiConfig(chunk=16, threshold=1e-2)
 Row = dict[str, Any]
 
@@ -217,16 +217,20 @@ def engine(model: Model) -> Iterator[Row]:
     """A stream of requests through many rows and through one."""
     empty = unconditional_prompt(model.tokenizer, model.bundle.image).tokens
     requests = mixed(model, Service(model, EngineConfig(rows=1, context=128)))
+    image = model.pretzel.config.flow.tokens + 1
+    # As `starflow2 sample` does: rows as long as the requests need.
+    longest = max(len(r.row) + r.max_new_tokens + r.max_images * image for r in requests)
+    context = generate.bucket(longest, 8)
     made = {
         rows: Engine(
             model.pretzel,
             # Half of the requests are guided.
             EngineConfig(
-                rows=rows, twins=max(1, rows // 2), context=128, chunk=32, images=2, steps=4
+                rows=rows, twins=max(1, rows // 2), context=context, chunk=32, images=2, steps=4
             ),
             unconditional=empty,
         )
-        for rows in (16, 1)
+        for rows in (MANY, 1)
     }
 
     def serve(which: Engine, some: Sequence[Request]) -> list[list[bytes]]:
@@ -244,14 +248,16 @@ def engine(model: Model) -> Iterator[Row]:
     for which in made.values():
         which.warm_up()
     traced = [f._cache_size() for f in (slots.read, slots.advance)]
-    many, one = taking_turns(lambda: serve(made[16], requests), lambda: serve(made[1], requests))
+    many, one = taking_turns(
+        lambda: serve(made[MANY], requests), lambda: serve(made[1], requests), pairs=5
+    )
     ratio = statistics.median(b / a for a, b in zip(many, one, strict=True))
     assert traced == [f._cache_size() for f in (slots.read, slots.advance)]
     rate = len(requests) / statistics.median(many)
-    yield row("engine/16_rows", rate, "requests/s", ratio=ratio)
+    yield row(f"engine/{MANY}_rows", rate, "requests/s", ratio=ratio)
     yield row("engine/1_row", len(requests) / statistics.median(one), "requests/s")
-    together = serve(made[16], requests[::-1])[::-1]
-    alone = [serve(made[16], [request])[0] for request in requests]
+    together = serve(made[MANY], requests[::-1])[::-1]
+    alone = [serve(made[MANY], [request])[0] for request in requests]
     equal = sum(a == b for a, b in zip(together, alone, strict=True))
     assert traced == [f._cache_size() for f in (slots.read, slots.advance)]
     yield row("engine/bit_equal_alone", equal, f"of {len(requests)} requests")

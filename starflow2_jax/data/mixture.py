@@ -292,4 +292,5 @@ def random_documents(
         return features(make(kind, rng), rng)
 
     dataset = grain.MapDataset.range(2**31).seed(seed).random_map(document)
-    return Documents(dataset, ahead=128)
+    # Made at once from what is in memory: threads would only get in the way.
+    return Documents(dataset, threads=0, ahead=0)

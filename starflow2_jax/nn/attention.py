@@ -4,11 +4,13 @@ Letters: B rows, T queries of this call, M cache slots, K kv heads, G query head
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from starflow2_jax.nn import attention_kernels, partition
@@ -22,6 +24,8 @@ CAUSAL_PARTS = (4, 8)
 # On CPU, rows whose scores are more than so many bytes together are done one after another: what a
 # processor's cache holds is not written to memory and read again.
 APART_BYTES = 2**24
+# Rows of a cache that several positions are written to one after another: prompts read together.
+FEW_ROWS = 8
 # On an accelerator, attention of at least this many positions is its own kernel's.
 KERNEL_SIZE = 128
 TPU_LANES = 128
@@ -96,6 +100,9 @@ class Slots:
             return Slots(
                 put(self.k, k, self.length, 3), put(self.v, v, self.length, 2), self.length
             )
+        if 1 < size <= self.k.shape[3] and rows <= FEW_ROWS:
+            put = functools.partial(_put_by_rows, start=self.length, lengths=lengths)
+            return Slots(put(self.k, k, axis=3), put(self.v, v, axis=2), self.length)
         step = jnp.arange(size)
         slot = self.length[:, None] + step  # [B, T]
         if lengths is not None:
@@ -106,6 +113,29 @@ class Slots:
             self.v.at[row, :, slot].set(v.transpose(0, 2, 1, 3), mode="drop"),
             self.length,
         )
+
+
+def _put_by_rows(
+    stored: jax.Array, new: jax.Array, start: jax.Array, lengths: jax.Array | None, axis: int
+) -> jax.Array:
+    """The first `lengths`, [B], of `new` put behind `start`, [B], along an axis, row after row.
+
+    What lies beyond the end of `stored` is dropped. A few copies, where a scatter of several places
+    goes number by number on a CPU.
+    """
+    size, slots = new.shape[axis], stored.shape[axis]
+    for n in range(len(new)):
+        begin = jnp.minimum(start[n], slots - size)
+        late = start[n] - begin  # only where not all of it fits
+        mine = jnp.roll(new[n : n + 1], late, axis)
+        place = jnp.arange(size) - late
+        kept = (place >= 0) & (place < (size if lengths is None else lengths[n]))
+        kept = kept.reshape([-1 if a == axis else 1 for a in range(new.ndim)])
+        at = {0: np.int32(n), axis: begin}
+        where = [at.get(a, np.int32(0)) for a in range(new.ndim)]
+        old = jax.lax.dynamic_slice(stored, where, mine.shape)
+        stored = jax.lax.dynamic_update_slice(stored, jnp.where(kept, mine, old), where)
+    return stored
 
 
 def cache_fold(kv_heads: int, head_dim: int) -> int:
@@ -349,9 +379,17 @@ def attend_written(q: jax.Array, slots: Slots, spec: AttentionSpec) -> jax.Array
     if seen.ndim == 3:
         seen = seen[:, None, None]
     k, v = slots.k.astype(q.dtype), slots.v.astype(q.dtype)
-    scores = jnp.einsum("btkgd,bkds->bkgts", q, k, preferred_element_type=wide)
-    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(wide).min), axis=-1)
-    return jnp.einsum("bkgts,bksd->btkgd", weights.astype(q.dtype), v)
+
+    def mixed(q: jax.Array) -> jax.Array:
+        scores = jnp.einsum("btkgd,bkds->bkgts", q, k, preferred_element_type=wide)
+        weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(wide).min), axis=-1)
+        return jnp.einsum("bkgts,bksd->btkgd", weights.astype(q.dtype), v)
+
+    groups = q.shape[3]
+    if q.shape[1] > 1 or groups == 1:
+        return mixed(q)
+    # On a CPU several products with a vector are faster than one with a matrix of a few columns.
+    return jnp.concatenate([mixed(q[:, :, :, g : g + 1]) for g in range(groups)], axis=3)
 
 
 def _attend_in_windows(

@@ -126,6 +126,8 @@ def product_by_rows(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype | None = N
         y = jnp.einsum("rd,fd->rf", flat, kernel, preferred_element_type=dtype)
     else:
         parts = 2 if features % 2 == 0 else 1  # for two threads
+        # What made x would be computed again for each part.
+        flat = jax.lax.optimization_barrier(flat)
         y = jnp.einsum(
             "pfd,prd->pfr",
             kernel.reshape(parts, -1, width),

@@ -51,7 +51,7 @@ from starflow2_jax.sampling.state import Mode, RowSettings, SampleState, row_set
 SHORT_PIECES = (8, 16)
 """Positions that prompts, or what is new of them, are filled up to; longer ones to `chunk`."""
 
-READ_TOGETHER = 32
+READ_TOGETHER = 64
 """Positions of one call that reads several prompts: a lone short one costs as much as that."""
 
 
