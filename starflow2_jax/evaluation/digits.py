@@ -85,7 +85,7 @@ def gaussian_bits_per_dim(train: Digits, tune: Digits, test: Digits, seed: int) 
 
     data, dims = pixels(train), train.images[0].size
     held = {"tune": (pixels(tune), tune.labels), "test": (pixels(test), test.labels)}
-    # With D its diagonal, a covariance is D^1/2 Q L Q' D^1/2 for a rotation Q, and shrunk by s, with
+    # With D its diagonal a covariance is D^1/2 Q L Q' D^1/2 for a rotation Q, and shrunk by s with
     # (1 - s) L + s in the place of L: one decomposition a class serves every s.
     squares = {name: np.empty_like(x) for name, (x, _) in held.items()}
     spectra, scales = np.empty((2, 10, dims))
