@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import source_files
 import tiny
 from PIL import Image
 
@@ -259,6 +261,76 @@ def test_totals_do_not_depend_on_order_and_work_is_not_done_twice(tmp_path):
     values.reverse()
     again = run_job(Job(tmp_path / "b", len(values), 3, {"seed": 0}), score, summarise)
     assert again["total"] == first["total"]
+
+
+def test_other_data_under_the_same_name_is_another_job(folder, tmp_path, capsys):
+    shutil.copytree(folder / "images", tmp_path / "images")
+    lines = (folder / "drawings.jsonl").read_text().splitlines(keepends=True)
+    data, picture = tmp_path / "d.jsonl", tmp_path / "images" / "0.png"
+    data.write_text("".join(lines[:2]))
+    command = arguments(folder, tmp_path / "out", "drawings", "--draws", "1", "--data", data)
+    command = [str(word) for word in command]
+    assert main(command) == 0
+    before = results(tmp_path / "out")
+
+    def refused():
+        capsys.readouterr()
+        assert main(command) == 2
+        return "another job: records_sha256" in capsys.readouterr().err
+
+    data.write_text("".join(lines[2:4]))
+    assert refused()
+    # A job that is half done, too.
+    (tmp_path / "out" / "summary.json").rename(tmp_path / "kept.json")
+    assert refused()
+    (tmp_path / "kept.json").rename(tmp_path / "out" / "summary.json")
+    data.write_text("".join(lines[:2]))
+    shown = picture.read_bytes()
+    shutil.copy(tmp_path / "images" / "3.png", picture)
+    assert refused()
+    picture.write_bytes(shown)
+    assert main(command) == 0 and results(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("kind", ["tar", "jsonl", "folder"])
+def test_a_digest_is_of_what_the_records_say(kind, tmp_path):
+    def made(name, change=None):
+        place = tmp_path / name
+        if kind == "folder":
+            pictures = np.full((3, 4, 4, 1), 7, np.uint8)
+            pictures[1] += change is not None
+            write_folder(place, pictures, np.array([0, 1, 0]), ("a", "b"))
+            return open_dataset([place], SHAPE).digest()
+        place.mkdir()
+        if kind == "tar":
+            source_files.write_tar(place / "0.tar", range(3), change)
+            options = {"fields": {"image": "png"}}
+        else:
+            records = []
+            for number in range(3):
+                fields = {"png": source_files.png(number), "txt": b"a"}
+                if change is not None:
+                    change(number, fields)
+                (place / f"{number}.png").write_bytes(fields["png"])
+                records.append({"jpg": f"{number}.png", "txt": fields["txt"].decode()})
+            lines = [json.dumps(record) + "\n" for record in records]
+            (place / "0.jsonl").write_text("".join(lines))
+            options = {"task": "draw"}
+        (path,) = place.glob(f"*.{kind}")
+        return open_dataset([path], SHAPE, **options).digest()
+
+    def other_picture(number, fields):
+        if number == 1:
+            fields["png"] = fields["png"][:-1] + b"!"  # of one size
+
+    def other_text(number, fields):
+        if number == 1:
+            fields["txt"] = fields["txt"][:-1] + b"!"
+
+    first = made("first")
+    assert made("elsewhere") == first != made("changed", other_picture)
+    if kind != "folder":
+        assert made("reworded", other_text) != first
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,13 @@ from starflow2_jax.data.decoding import decode
 from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation.formats import LmmsEval
 from starflow2_jax.evaluation.responder import Responder
-from starflow2_jax.evaluation.understanding import anls, edit_distance, exact_match
+from starflow2_jax.evaluation.understanding import (
+    Setting,
+    anls,
+    edit_distance,
+    exact_match,
+    run,
+)
 from starflow2_jax.vlm import Assistant, Writing
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -127,6 +133,52 @@ def test_an_interrupted_job_goes_on(folder, tmp_path, monkeypatch):
     for name in ("examples.jsonl", "summary.json"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
     assert main(arguments(folder, broken, "--suffix", "in one word")) == 2
+
+
+class Silent:
+    """Answers nothing, of no weights."""
+
+    path = "latent"
+
+    def checksum(self):
+        return "0"
+
+    def turn(self, role, said, where):
+        return Turn(role, ("?",))
+
+    def answers(self, conversations, **_):
+        return ["three"] * len(conversations)
+
+
+def test_other_data_under_the_same_name_is_another_job(folder, tmp_path):
+    data, picture = tmp_path / "q.jsonl", tmp_path / "0.png"
+    picture.write_bytes((folder / "0.png").read_bytes())
+    line = {"image": "0.png", "question": "which digit is this?", "answer": "three"}
+
+    def ask(line):
+        data.write_text(json.dumps(line) + "\n")
+        return run(Silent(), Setting((str(data),)), tmp_path / "out")["exact_match"]
+
+    assert ask(line) == 1.0
+    for change in ({"answer": "seven"}, {"question": "which one is this??"}, {"doc_id": 3}):
+        with pytest.raises(UserError, match="another job: records_sha256"):
+            ask(line | change)
+    assert ask(line) == 1.0
+    picture.write_bytes((folder / "1.png").read_bytes())
+    with pytest.raises(UserError, match="another job: records_sha256"):
+        ask(line)
+
+
+def test_a_document_of_a_task_is_asked_once(folder, tmp_path):
+    data = tmp_path / "q.jsonl"
+    # The second has no doc_id: it is known by its number.
+    lines = [{"doc_id": 1, "question": "a", "answer": "a"}, {"question": "b", "answer": "b"}]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    setting = Setting((str(data),))
+    with pytest.raises(UserError, match=r"q.jsonl line 2: doc_id 1 is there twice, first in .*1;"):
+        run(Silent(), setting, tmp_path / "out", task="digits")
+    assert not (tmp_path / "out").exists()
+    assert run(Silent(), setting, tmp_path / "out")["questions"] == 2  # without a log: no matter
 
 
 @pytest.mark.slow
