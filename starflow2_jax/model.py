@@ -250,6 +250,10 @@ class Model:
         config = EngineConfig(rows=rows, context=context, images=max(1, most), chunk=32, steps=1)
         return Chat(Service(self, config), sampling)
 
+    def length(self, conversation: Conversation) -> int:
+        """Positions of a whole conversation."""
+        return len(encode_turns(conversation, self.tokenizer, self.bundle.image).tokens)
+
     def log_prob(
         self,
         conversations: Sequence[Conversation],
@@ -282,14 +286,24 @@ class Model:
         seeds: Sequence[int] | None = None,
         draws: int = 1,
         rows: int = 256,
+        positions: int = 1,
     ) -> list[DrawScores]:
-        """Like `log_prob`, with every draw apart."""
+        """Like `log_prob`, with every draw apart.
+
+        Args:
+            conversations, seeds, draws, rows: see `log_prob`.
+            positions: that a row has at least, see `length`: so calls of conversations that are not
+                equally long run one program.
+
+        Raises:
+            UserError: see `log_prob`.
+        """
         documents = [
             encode_turns(turns, self.tokenizer, self.bundle.image, where=f"conversation {i}")
             for i, turns in enumerate(conversations)
         ]
         seeds = range(len(documents)) if seeds is None else seeds
-        longest = max(len(d.tokens) for d in documents)
+        longest = max(positions, *(len(d.tokens) for d in documents))
         most = max(1, max(len(d.images) for d in documents))
         tower = self.pretzel.config.vlm.vision
         shape = BatchShape(

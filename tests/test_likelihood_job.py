@@ -26,7 +26,7 @@ from starflow2_jax.data.pipeline import single_batch, to_rows
 from starflow2_jax.data.sequences import encode_turns
 from starflow2_jax.evaluation.dataset import drawing, open_dataset
 from starflow2_jax.evaluation.job import Job, run_job
-from starflow2_jax.evaluation.matching import recalls
+from starflow2_jax.evaluation.matching import CaptionTable, recalls
 from starflow2_jax.model import _image_seeds
 from starflow2_jax.models.patches import noisy_latents
 from starflow2_jax.training.objective import image_loss
@@ -171,6 +171,36 @@ def test_scoring_captions(folder, model, images, tmp_path):
     first = [own[match[:, k].argmax()] == k for k in range(3)]
     assert summary["image_retrieval"]["recall_at_1"] == pytest.approx(np.mean(first))
     assert summary["image_retrieval"]["recall_at_10"] == 1.0
+
+
+def test_captions_are_scored_a_batch_at_a_time(folder, model):
+    """Whatever their number; and the numbers are those of all of them at once, to the bit."""
+
+    class Counted:
+        def __init__(self):
+            self.calls = []
+            self.bundle, self.length = model.bundle, model.length
+
+        def score_draws(self, turns, **options):
+            self.calls.append(len(turns))
+            return model.score_draws(turns, **options)
+
+    captions = (*(digits.caption(i) for i in range(3)), "a", "a handwritten " * 8 + "three")
+    dataset, records = open_dataset([folder / "drawings.jsonl"], SHAPE), range(2, 5)
+    counted = Counted()
+    rows = CaptionTable(counted, dataset, captions, 2, 0).score(records)
+    assert counted.calls == [len(records)] * (len(captions) + 1)
+    images = [drawing(dataset[i])[1] for i in records]
+    turns = [
+        [Turn("user", prompt), Turn("assistant", (image,))]
+        for prompt in [*((c,) for c in captions), ()]
+        for image in images
+    ]
+    whole = model.score_draws(turns, seeds=[*records] * 6, draws=2, rows=len(records))
+    table = np.stack([one.images[:, 0] for one in whole]).reshape(6, len(records), 2)
+    for place, row in enumerate(rows):
+        assert row["nats_by_caption"] == table[:-1, place].mean(1).tolist()
+        assert row["nats_no_caption_by_draw"] == table[-1, place].tolist()
 
 
 def test_recalls():

@@ -61,24 +61,41 @@ class CaptionTable:
                     f"record {example.id}: its caption {caption!r} is none of the "
                     f"{len(self.captions)} classes"
                 )
-        prompts: list[Sequence[tuple[str, ...]]] = [
-            [*((c,) for c in self.captions or (own,)), ()] for own, _ in pairs
-        ]
-        # Caption by caption: neighbours in a batch are of about one length.
-        turns, seeds = [], []
-        for place in range(len(prompts[0])):
-            for mine, (_, image) in zip(prompts, pairs, strict=True):
-                turns.append([Turn("user", mine[place]), Turn("assistant", (image,))])
-            seeds += noise_seeds(self.seed, records)
-        found = self.model.score_draws(turns, seeds=seeds, draws=self.draws, rows=len(records))
-        values = np.stack([scores.images[:, 0] for scores in found], axis=1)
-        table = values.reshape(self.draws, len(prompts[0]), len(records))  # [S, K + 1, n]
+        own_prompts: list[tuple[str, ...]] = [(own,) for own, _ in pairs]
+        prompts = [[(c,)] * len(pairs) for c in self.captions] or [own_prompts]
+        images = [image for _, image in pairs]
+        table = self._table([*prompts, [()] * len(pairs)], images, records)
         rows = []
         for place, (index, example) in enumerate(zip(records, examples, strict=True)):
             own = pairs[place][0]
             row = {"index": index, "id": example.id, "caption": own}
             rows.append(row | self._row(own, table[:, :-1, place], table[:, -1, place]))
         return rows
+
+    def _table(
+        self,
+        prompts: Sequence[Sequence[tuple[str, ...]]],
+        images: Sequence[np.ndarray],
+        records: range,
+    ) -> np.ndarray:
+        """log p of the images under each of some prompts, [S, prompts, n].
+
+        A prompt at a time: a conversation that is being scored has a copy of its image.
+        """
+        drawing = lambda prompt, image: [Turn("user", prompt), Turn("assistant", (image,))]
+        each = {prompt for some in prompts for prompt in some}
+        longest = max(self.model.length(drawing(prompt, images[0])) for prompt in each)
+        columns = []
+        for mine in prompts:
+            found = self.model.score_draws(
+                [drawing(prompt, image) for prompt, image in zip(mine, images, strict=True)],
+                seeds=noise_seeds(self.seed, records),
+                draws=self.draws,
+                rows=len(records),
+                positions=longest,
+            )
+            columns.append(np.stack([scores.images[:, 0] for scores in found], axis=1))
+        return np.stack(columns, axis=1)
 
     def _row(self, own: str, captioned: np.ndarray, empty: np.ndarray) -> Row:
         """Of one image: [S, K] and [S]."""
