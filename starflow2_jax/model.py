@@ -27,6 +27,7 @@ from starflow2_jax.data.sequences import Document, Turn, encode_turns, unconditi
 from starflow2_jax.data.views import places_of
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.codec import Codec
+from starflow2_jax.models.fae_codec import FAECodec
 from starflow2_jax.models.patches import noisy_latents
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.parallel import rules
@@ -114,10 +115,13 @@ class DrawScores:
     Attributes:
         images: float64 [S, I], log p(latents of image i | all before it).
         text: float64 [S, tokens], log p of the assistant's text tokens, in order.
+        posterior: float64 [S, I], log q(latents of image i | image i): of an FAE's latents, the
+            density that each draw comes from; None with pixels as latents.
     """
 
     images: np.ndarray
     text: np.ndarray
+    posterior: np.ndarray | None = None
 
 
 def load(
@@ -322,12 +326,14 @@ class Model:
                 found = [
                     _score(self.pretzel, self.bundle.codec, batch, draw) for draw in range(draws)
                 ]
-            images, text = (np.stack(s).astype(np.float64) for s in zip(*found, strict=True))
+            images, text, posterior = (
+                None if draws_of[0] is None else np.stack(draws_of).astype(np.float64)
+                for draws_of in zip(*found, strict=True)
+            )
             for row, document in enumerate(part):
-                loss = np.flatnonzero(document.text_loss)
-                scores.append(
-                    DrawScores(images[:, row, : len(document.images)], text[:, row, loss])
-                )
+                loss, mine = np.flatnonzero(document.text_loss), slice(len(document.images))
+                of_row = None if posterior is None else posterior[:, row, mine]
+                scores.append(DrawScores(images[:, row, mine], text[:, row, loss], of_row))
         return scores
 
     def pixels(self, u: np.ndarray, jacobi: JacobiConfig | None = None) -> np.ndarray:
@@ -470,8 +476,15 @@ def _latents(model: Pretzel, codec: Codec, images: jax.Array, seeds: jax.Array) 
 @jax.jit
 def _score(
     model: Pretzel, codec: Codec, batch: HostBatch, draw: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """log p of images [B, I] and of text tokens [B, T], nats."""
-    x = noisy_latents(codec, batch["images"], draw, batch["image_seeds"])
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """log p of images [B, I] and of text tokens [B, T], log q of images [B, I] or None; nats."""
+    images, seeds = batch["images"], batch["image_seeds"]
+    if isinstance(codec, FAECodec):
+        # Once, for the latents and for the density that they come from.
+        flat = jnp.asarray(images).reshape(-1, *images.shape[2:])
+        moments = codec.moments(flat)
+        images = moments.reshape(*seeds.shape, *moments.shape[1:])
+    x = noisy_latents(codec, images, draw, seeds)
+    posterior = codec.log_posterior(x, images) if isinstance(codec, FAECodec) else None
     likelihood = model.log_prob(to_rows(batch), x)
-    return likelihood.image_log_prob, likelihood.text_log_prob
+    return likelihood.image_log_prob, likelihood.text_log_prob, posterior

@@ -158,6 +158,9 @@ def test_scoring_captions(folder, model, images, tmp_path):
         np.testing.assert_allclose([row["match"] for row in rows], of_own, rtol=1e-4, atol=1e-5)
         assert summary["match"] == pytest.approx(of_own.mean(), rel=1e-4)
         assert summary["match_positive"] == np.mean(of_own > 0)
+        # A difference of bounds is none.
+        bounds = [name for name in rows[0] if name.endswith("_bound")]
+        assert bounds == ["nats_bound", "nats_no_caption_bound"]
     rows, summary = outs["classes"]
     posterior = np.logaddexp.reduce(table, axis=1)
     right = posterior.argmax(1) == own

@@ -2,9 +2,10 @@
 
 An image is scored under a caption and under the empty prompt, with the same noise. Their
 difference, log p(image | text) - log p(image), says how well they go together: the pointwise mutual
-information, in nats. For one image the likeliest of several captions is that of the largest
-log p(image | text), Bayes' rule with captions that are equally likely; for one caption the best
-image is that of the largest difference. Letters: n images, K captions, S draws.
+information, in nats, of the latents; the mean of draws. It is no bound on that of the image: its
+terms are bounds on either side. For one image the likeliest of several captions is that of the
+largest log p(image | text), Bayes' rule with captions that are equally likely; for one caption the
+best image is that of the largest difference. Letters: n images, K captions, S draws.
 """
 
 import dataclasses
@@ -101,23 +102,26 @@ class CaptionTable:
         """Of one image: [S, K] and [S]."""
         names = self.captions or (own,)
         under = captioned[:, names.index(own)]
+        pixels = self.model.bundle.codec.of_pixels
         row = {
-            **of_draws("nats", under),
-            **of_draws("nats_no_caption", empty),
-            **of_draws("match", under - empty),
+            **of_draws("nats", under, pixels),
+            **of_draws("nats_no_caption", empty, pixels),
+            **of_draws("match", under - empty, False),
         }
         if not self.captions:
             return row
         by_caption = [mean(column) for column in captioned.T.tolist()]
-        # Each draw gives an unbiased p(image | caption): Bayes' rule takes their mean.
-        bounds = np.array([log_mean(column) for column in captioned.T])
-        posterior = bounds - (log_mean(bounds) + math.log(len(bounds)))
-        best = int(bounds.argmax())
+        if not pixels:
+            # A density of other latents at each draw: Bayes' rule for each, then the mean of what
+            # it says. (The mean of the densities would be that of the luckiest draw.)
+            captioned = np.stack([_normalised(draw) for draw in captioned])
+        # Of pixels each draw gives an unbiased p(image | caption): Bayes' rule takes their mean.
+        posterior = _normalised(np.array([log_mean(column) for column in captioned.T]))
         return row | {
             "nats_by_caption": by_caption,
-            "predicted": names[best],
+            "predicted": names[int(posterior.argmax())],
             "log_posterior": float(posterior[names.index(own)]),
-            "rank": 1 + int((bounds > bounds[names.index(own)]).sum()),
+            "rank": 1 + int((posterior > posterior[names.index(own)]).sum()),
         }
 
     def summarise(self, rows: list[Row]) -> Row:
@@ -162,6 +166,11 @@ class CaptionTable:
             mine = np.array([c == caption for c in own])
             ranks.append(1 + int((match[~mine, place] > match[mine, place].max()).sum()))
         return ranks
+
+
+def _normalised(logs: np.ndarray) -> np.ndarray:
+    """Logs [K] of numbers that are made to sum to 1."""
+    return logs - (log_mean(logs) + math.log(len(logs)))
 
 
 def recalls(ranks: Sequence[int]) -> Row:
