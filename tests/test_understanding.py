@@ -5,7 +5,9 @@ import importlib.util
 import io
 import json
 import pathlib
+import sys
 import tomllib
+import types
 
 import hf_folder
 import numpy as np
@@ -231,14 +233,88 @@ def test_sampled_replies_are_by_number_whatever_the_batch(folder, name):
     responder = Responder(folder / name)
     asked = [[responder.turn("user", ("which digit is this?",), "here")]] * 4
 
-    def answers(conversations, rows, first=0):
+    def answers(conversations, rows, numbers=None):
         return responder.answers(
-            conversations, max_new_tokens=8, temperature=1.0, first=first, rows=rows
+            conversations, max_new_tokens=8, temperature=1.0, numbers=numbers, rows=rows
         )
 
     replies = answers(asked, 1)
     assert len(set(replies)) == 4
-    assert answers(asked[:2], 2, first=2) == replies[2:]
+    assert answers(asked[:2], 2, numbers=[1, 3]) == replies[1::2]
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    """The class for lmms-eval, over stubs of what it imports of the harness; and the stubs."""
+    made = {
+        name: types.ModuleType(name)
+        for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.api.instance", "lmms_eval.api.model")
+        + ("lmms_eval.protocol",)
+    }
+
+    class Base:
+        def __init__(self):
+            self.cache_hook = types.SimpleNamespace(add_partial=lambda *_: None)
+            self.task_dict = {}
+
+    made["lmms_eval.api.instance"].Instance = types.SimpleNamespace
+    made["lmms_eval.api.model"].lmms = Base
+    made["lmms_eval.protocol"].ChatMessages = types.SimpleNamespace
+    for name, module in made.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "starflow2_jax.lmms_model", raising=False)
+    yield importlib.import_module("starflow2_jax.lmms_model")
+    sys.modules.pop("starflow2_jax.lmms_model", None)
+
+
+def _request(number, settings):
+    """As the harness makes it, of the task `t`, whose documents are their numbers."""
+
+    def messages(document):
+        content = types.SimpleNamespace(type="text", text=f"question {document}")
+        return [types.SimpleNamespace(role="user", content=[content])]
+
+    return types.SimpleNamespace(args=("", messages, settings, number, "t", "test"))
+
+
+def test_the_harness_has_its_replies(harness, folder, monkeypatch):
+    calls = []
+
+    class Recorder(Silent):
+        def turn(self, role, said, where):
+            return Turn(role, tuple(said))
+
+        def answers(self, conversations, *, numbers, rows, **settings):
+            assert len(conversations) == len(numbers) <= rows
+            texts = [turns[0].parts[0] for turns in conversations]
+            calls.append((tuple(numbers), settings))
+            return [f"{text} with stream {n}" for text, n in zip(texts, numbers, strict=True)]
+
+    monkeypatch.setattr(harness, "Responder", lambda *_, **__: Recorder())
+
+    def replies(settings, batch_size):
+        model = harness.LmmsModel("model", batch_size=batch_size)
+        model.task_dict = {"t": {"test": range(len(settings))}}
+        return model.generate_until([_request(n, s) for n, s in enumerate(settings)])
+
+    # Tasks of two settings come in turns: every request has a stream of its own all the same.
+    settings = [{"do_sample": True, "max_new_tokens": 8 + n % 2} for n in range(6)]
+    for batch_size in (1, 2, 3):
+        found = replies(settings, batch_size)
+        assert found == [f"question {n} with stream {n}" for n in range(6)]
+    calls.clear()
+    cases = [
+        ({"do_sample": True}, 1.0),
+        ({"do_sample": True, "temperature": None}, 1.0),
+        ({"do_sample": True, "temperature": 0}, 0.0),
+        ({"do_sample": True, "temperature": 0.5}, 0.5),
+        ({"do_sample": False, "temperature": 0.5}, 0.0),
+        ({"temperature": 0.5, "until": ["\n"], "top_p": 0.9}, 0.5),
+        ({}, 0.0),
+    ]
+    replies([settings for settings, _ in cases], 4)
+    assert [settings["temperature"] for _, settings in calls] == [t for _, t in cases]
+    assert calls[5][1]["stop"] == ("\n",) and calls[5][1]["top_p"] == 0.9
 
 
 def test_both_kinds_of_pictures_are_read(folder, pictures):
