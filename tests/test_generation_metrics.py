@@ -250,6 +250,21 @@ def test_lines_end_where_json_lines_end(tmp_path):
     assert found == [("a.png", "one\u2028two\x85three")]
 
 
+@pytest.mark.parametrize(
+    "text", ["[1]", '"a"', "null", "{}", '{"prompt": 3}', '{"prompt": "a"}\n{"prompt": "b"}', ""]
+)
+def test_what_stands_beside_pictures_is_one_object_with_a_prompt(tmp_path, text):
+    samples = tmp_path / "00000" / "samples"
+    samples.mkdir(parents=True)
+    (samples / "0.png").write_bytes(b"")
+    path = tmp_path / "00000" / "metadata.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match="metadata.jsonl: expected one object with a prompt"):
+        captioned(tmp_path, None)
+    path.write_text('{"prompt": "a three", "tag": "counting"}\n')
+    assert captioned(tmp_path, None) == [("00000/samples/0.png", "a three")]
+
+
 def test_geneval_scores_are_means_of_tasks(tmp_path):
     path = tmp_path / "results.jsonl"
     lines = []
