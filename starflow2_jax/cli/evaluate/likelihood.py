@@ -102,8 +102,8 @@ def _of_images(args: argparse.Namespace) -> None:
     from starflow2_jax.evaluation.image_likelihood import SUMMARY as SUMMARY_FILE
     from starflow2_jax.evaluation.image_likelihood import write_likelihoods
     from starflow2_jax.flow_bundle import load_image_flow, model_folder, read_description
+    from starflow2_jax.metrics import Progress
     from starflow2_jax.models.starflow import TarFlowConfig
-    from starflow2_jax.training.metrics import Progress
 
     folder = pathlib.Path(args.model)
     config, record = read_description(folder)
