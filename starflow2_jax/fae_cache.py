@@ -23,9 +23,9 @@ from starflow2_jax.data.sources import (
 )
 from starflow2_jax.errors import UserError
 from starflow2_jax.fae_bundle import load_fae, read_fae
+from starflow2_jax.metrics import Progress
 from starflow2_jax.model_folder import finished
 from starflow2_jax.models.fae import FeatureFAE
-from starflow2_jax.training.metrics import Progress
 
 _SOURCES = {
     ".tar": WebDatasetSource,

@@ -70,25 +70,29 @@ class LmmsModel(lmms):
             for start in range(0, len(numbers), self.batch_size):
                 some = numbers[start : start + self.batch_size]
                 conversations = [self._conversation(requests[n]) for n in some]
-                found = self._answers(conversations, json.loads(key), some[0])
+                found = self._answers(conversations, json.loads(key), some)
                 for n, reply in zip(some, found, strict=True):
                     replies[n] = reply
                     self.cache_hook.add_partial("generate_until", requests[n].args, reply)
         return [replies[n] for n in range(len(requests))]
 
     def _answers(
-        self, conversations: Sequence[list[Turn]], settings: dict[str, Any], first: int
+        self, conversations: Sequence[list[Turn]], settings: dict[str, Any], numbers: Sequence[int]
     ) -> list[str]:
         until = settings.get("until") or ()
-        samples = settings.get("do_sample", bool(settings.get("temperature")))
+        temperature = settings.get("temperature")
+        samples = settings.get("do_sample", bool(temperature))
+        # A task that samples and says no more does so at 1; a temperature of 0 takes the likeliest.
+        temperature = 1.0 if temperature is None else float(temperature)
         return self.responder.answers(
             conversations,
             max_new_tokens=int(settings.get("max_new_tokens") or _MAX_NEW_TOKENS),
-            temperature=float(settings.get("temperature") or 1.0) if samples else 0.0,
+            temperature=temperature if samples else 0.0,
             top_p=float(settings.get("top_p") or 1.0),
             seed=self._seed,
-            # A task that asks the same several times (`repeats`) wants several replies.
-            first=first,
+            # A task that asks the same several times (`repeats`) wants several replies; and those
+            # of one batch are not neighbours where tasks of other settings stand between them.
+            numbers=numbers,
             stop=(until,) if isinstance(until, str) else tuple(until),
             rows=self.batch_size,
         )

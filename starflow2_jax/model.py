@@ -27,6 +27,7 @@ from starflow2_jax.data.sequences import Document, Turn, encode_turns, unconditi
 from starflow2_jax.data.views import places_of
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.codec import Codec
+from starflow2_jax.models.fae_codec import FAECodec
 from starflow2_jax.models.patches import noisy_latents
 from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.parallel import rules
@@ -114,10 +115,13 @@ class DrawScores:
     Attributes:
         images: float64 [S, I], log p(latents of image i | all before it).
         text: float64 [S, tokens], log p of the assistant's text tokens, in order.
+        posterior: float64 [S, I], log q(latents of image i | image i): of an FAE's latents, the
+            density that each draw comes from; None with pixels as latents.
     """
 
     images: np.ndarray
     text: np.ndarray
+    posterior: np.ndarray | None = None
 
 
 def load(
@@ -250,6 +254,10 @@ class Model:
         config = EngineConfig(rows=rows, context=context, images=max(1, most), chunk=32, steps=1)
         return Chat(Service(self, config), sampling)
 
+    def length(self, conversation: Conversation) -> int:
+        """Positions of a whole conversation."""
+        return len(encode_turns(conversation, self.tokenizer, self.bundle.image).tokens)
+
     def log_prob(
         self,
         conversations: Sequence[Conversation],
@@ -282,14 +290,24 @@ class Model:
         seeds: Sequence[int] | None = None,
         draws: int = 1,
         rows: int = 256,
+        positions: int = 1,
     ) -> list[DrawScores]:
-        """Like `log_prob`, with every draw apart."""
+        """Like `log_prob`, with every draw apart.
+
+        Args:
+            conversations, seeds, draws, rows: see `log_prob`.
+            positions: that a row has at least, see `length`: so calls of conversations that are not
+                equally long run one program.
+
+        Raises:
+            UserError: see `log_prob`.
+        """
         documents = [
             encode_turns(turns, self.tokenizer, self.bundle.image, where=f"conversation {i}")
             for i, turns in enumerate(conversations)
         ]
         seeds = range(len(documents)) if seeds is None else seeds
-        longest = max(len(d.tokens) for d in documents)
+        longest = max(positions, *(len(d.tokens) for d in documents))
         most = max(1, max(len(d.images) for d in documents))
         tower = self.pretzel.config.vlm.vision
         shape = BatchShape(
@@ -308,12 +326,14 @@ class Model:
                 found = [
                     _score(self.pretzel, self.bundle.codec, batch, draw) for draw in range(draws)
                 ]
-            images, text = (np.stack(s).astype(np.float64) for s in zip(*found, strict=True))
+            images, text, posterior = (
+                None if draws_of[0] is None else np.stack(draws_of).astype(np.float64)
+                for draws_of in zip(*found, strict=True)
+            )
             for row, document in enumerate(part):
-                loss = np.flatnonzero(document.text_loss)
-                scores.append(
-                    DrawScores(images[:, row, : len(document.images)], text[:, row, loss])
-                )
+                loss, mine = np.flatnonzero(document.text_loss), slice(len(document.images))
+                of_row = None if posterior is None else posterior[:, row, mine]
+                scores.append(DrawScores(images[:, row, mine], text[:, row, loss], of_row))
         return scores
 
     def pixels(self, u: np.ndarray, jacobi: JacobiConfig | None = None) -> np.ndarray:
@@ -456,8 +476,15 @@ def _latents(model: Pretzel, codec: Codec, images: jax.Array, seeds: jax.Array) 
 @jax.jit
 def _score(
     model: Pretzel, codec: Codec, batch: HostBatch, draw: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """log p of images [B, I] and of text tokens [B, T], nats."""
-    x = noisy_latents(codec, batch["images"], draw, batch["image_seeds"])
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """log p of images [B, I] and of text tokens [B, T], log q of images [B, I] or None; nats."""
+    images, seeds = batch["images"], batch["image_seeds"]
+    if isinstance(codec, FAECodec):
+        # Once, for the latents and for the density that they come from.
+        flat = jnp.asarray(images).reshape(-1, *images.shape[2:])
+        moments = codec.moments(flat)
+        images = moments.reshape(*seeds.shape, *moments.shape[1:])
+    x = noisy_latents(codec, images, draw, seeds)
+    posterior = codec.log_posterior(x, images) if isinstance(codec, FAECodec) else None
     likelihood = model.log_prob(to_rows(batch), x)
-    return likelihood.image_log_prob, likelihood.text_log_prob
+    return likelihood.image_log_prob, likelihood.text_log_prob, posterior

@@ -35,13 +35,14 @@ class Writing:
         temperature: 0 takes the likeliest token.
         top_p: the likeliest tokens that hold this much probability.
         max_new_tokens: of a reply.
-        seed: of the random stream.
+        seed: of the random stream; of several replies, one number (row b has `seed + b`) or one of
+            each.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     max_new_tokens: int = 512
-    seed: int = 0
+    seed: int | Sequence[int] = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import scipy.stats
 import tiny
 from flax import nnx
 from test_fae import VIT, config
@@ -19,9 +20,13 @@ from starflow2_jax.bundle import Bundle, load_bundle, save_bundle
 from starflow2_jax.data.sequences import ImageShape, Turn, encode_turns
 from starflow2_jax.data.tokenizer import train_tokenizer
 from starflow2_jax.errors import UserError
-from starflow2_jax.model import Model
+from starflow2_jax.evaluation.conversation_likelihood import ConversationLikelihood
+from starflow2_jax.evaluation.dataset import Example
+from starflow2_jax.evaluation.matching import CaptionTable
+from starflow2_jax.model import Model, _image_seeds
 from starflow2_jax.models.fae import FeatureFAE
 from starflow2_jax.models.fae_codec import FAECodec
+from starflow2_jax.models.latents import LatentCodec
 from starflow2_jax.models.patches import noisy_latents
 from starflow2_jax.models.pretzel import PretzelConfig
 from starflow2_jax.training.checkpoint import checksum
@@ -206,6 +211,70 @@ def test_model_directory_with_an_fae(tmp_path):
     first, second = (Model(b).log_prob([conversation], seeds=[3])[0] for b in (bundle(), after))
     np.testing.assert_array_equal(first.images, second.images)
     tiny.close(first.bits_per_dim, -first.images / (64 * np.log(2)), 1e-6)
+
+
+def test_a_rate_is_the_divergence_of_the_posterior():
+    rng = np.random.default_rng(0)
+    shift, scale = rng.normal(size=3), rng.uniform(0.5, 2, 3)
+    codec = LatentCodec(jnp.asarray(shift), jnp.asarray(scale), tokens=2, noise_std=0.3)
+    mean, logvar = rng.normal(size=(1, 2, 3)), rng.normal(size=(1, 2, 3))
+    moments = jnp.asarray(np.concatenate([mean, logvar], -1))
+    centre, variance = (mean - shift) / scale, np.exp(logvar) / scale**2 + 0.09
+    draws = 4000
+    many = jax.jit(jax.vmap(lambda seed: codec.latents(moments, seed, np.zeros(1, np.uint32))))
+    x = np.asarray(many(np.arange(draws)), np.float64)
+    log_q = np.asarray(codec.log_posterior(jnp.asarray(x, jnp.float32), moments))
+    normal = scipy.stats.norm(centre, np.sqrt(variance))
+    np.testing.assert_allclose(log_q, normal.logpdf(x).sum((-2, -1)), rtol=1e-5)
+    # Beside a standard normal p the divergence is known.
+    log_p = scipy.stats.norm.logpdf(x).sum((-2, -1))
+    known = 0.5 * (variance + centre**2 - 1 - np.log(variance)).sum()
+    error = (log_q - log_p).std() / np.sqrt(draws)
+    assert (log_q - log_p).mean() == pytest.approx(known, abs=5 * error) and error < 0.1
+    # Why it has no importance-weighted form: that one is near 0 whatever p is.
+    assert np.log(np.exp(log_p - log_q).mean()) > -0.2 * known
+
+
+@pytest.mark.parametrize("captions", [(), ("a", "a small picture")])
+def test_latents_have_a_rate_and_no_bound_on_pixels(captions):
+    model = Model(bundle())
+    codec, shown = model.bundle.codec, pictures(2)
+    turns = lambda i: (Turn("user", ("a small picture",)), Turn("assistant", (shown[i],)))
+    dataset = [Example(i, turns(i)) for i in range(2)]
+    if captions:
+        [row, _] = CaptionTable(model, dataset, captions, 2, 0, classes=True).score(range(2))
+        conversations = [
+            [Turn("user", (words,)), Turn("assistant", (shown[0],))] for words in captions
+        ]
+        found = model.score_draws(conversations, seeds=[0, 0], draws=2, rows=2)
+        nats = np.stack([one.images[:, 0] for one in found], 1)  # [S, K]
+        by_draw = nats - np.logaddexp.reduce(nats, 1, keepdims=True)
+        other, own = np.logaddexp.reduce(by_draw) - np.log(2)
+        assert row["log_posterior"] == pytest.approx(own, rel=1e-4)
+        assert row["rank"] == 1 + int(other > own)
+        # Not that of the draw of the largest density.
+        lucky = np.logaddexp.reduce(nats)
+        assert abs(lucky[1] - np.logaddexp.reduce(lucky) - own) > 0.5
+        assert not [name for name in row if name.endswith("_bound")]
+        return
+    scorer = ConversationLikelihood(model, dataset, 2, 0)
+    rows = scorer.score(range(2))
+    for i, row in enumerate(rows):
+        [image] = row["images"]
+        seeds = _image_seeds(i, 1)
+        moments = tiny.jit(lambda codec, image: codec.moments(image))(codec, shown[i : i + 1])
+        for draw in range(2):
+            x = codec.latents(moments, draw, seeds)
+            log_q = float(codec.log_posterior(x, moments)[0])
+            rate = log_q - image["nats_by_draw"][draw]
+            assert image["rate_nats_by_draw"][draw] == pytest.approx(rate, rel=1e-4)
+        assert image["rate_nats"] == pytest.approx(np.mean(image["rate_nats_by_draw"]))
+        names = [name for name in (*row, *image) if name.endswith("_bound")]
+        assert names == ["text_nats_bound"]
+    summary = scorer.summarise(rows)
+    drawn = summary["assistant_images"]
+    assert drawn["rate_nats"] == np.mean([row["images"][0]["rate_nats"] for row in rows])
+    assert not [name for name in (*summary, *drawn) if name.endswith("_bound")]
 
 
 def test_documents_of_cached_latents():

@@ -250,6 +250,21 @@ def test_lines_end_where_json_lines_end(tmp_path):
     assert found == [("a.png", "one\u2028two\x85three")]
 
 
+@pytest.mark.parametrize(
+    "text", ["[1]", '"a"', "null", "{}", '{"prompt": 3}', '{"prompt": "a"}\n{"prompt": "b"}', ""]
+)
+def test_what_stands_beside_pictures_is_one_object_with_a_prompt(tmp_path, text):
+    samples = tmp_path / "00000" / "samples"
+    samples.mkdir(parents=True)
+    (samples / "0.png").write_bytes(b"")
+    path = tmp_path / "00000" / "metadata.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match="metadata.jsonl: expected one object with a prompt"):
+        captioned(tmp_path, None)
+    path.write_text('{"prompt": "a three", "tag": "counting"}\n')
+    assert captioned(tmp_path, None) == [("00000/samples/0.png", "a three")]
+
+
 def test_geneval_scores_are_means_of_tasks(tmp_path):
     path = tmp_path / "results.jsonl"
     lines = []
@@ -311,6 +326,18 @@ def test_wise_verified_has_other_categories_and_weights(tmp_path):
     assert list(summary["categories"].values()) == pytest.approx(means)
     # Shares of the prompts: the overall score is the share of right ones.
     assert summary["overall"] == pytest.approx(right.mean())
+    # The first row of the published table.
+    published = [0.8975, 0.8167, 0.9333, 0.8167, 0.8667, 0.8750]
+    first = 1
+    with path.open("w") as file:
+        for share, count in zip(published, [400, *[120] * 5], strict=True):
+            for n in range(count):
+                line = {"prompt_id": first + n, "score": int(n < round(share * count))}
+                file.write(json.dumps(line) + "\n")
+            first += count
+    summary = wise_summary([path])
+    assert [round(share, 4) for share in summary["categories"].values()] == published
+    assert summary["overall"] == pytest.approx(0.8760)
     path.write_text(lines[0] + json.dumps({"prompt_id": 2, "consistency": 1}) + "\n")
     with pytest.raises(UserError, match="scores.jsonl:2: of another edition"):
         wise_summary([path])

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import source_files
 import tiny
 from PIL import Image
 
@@ -24,7 +26,7 @@ from starflow2_jax.data.pipeline import single_batch, to_rows
 from starflow2_jax.data.sequences import encode_turns
 from starflow2_jax.evaluation.dataset import drawing, open_dataset
 from starflow2_jax.evaluation.job import Job, run_job
-from starflow2_jax.evaluation.matching import recalls
+from starflow2_jax.evaluation.matching import CaptionTable, recalls
 from starflow2_jax.model import _image_seeds
 from starflow2_jax.models.patches import noisy_latents
 from starflow2_jax.training.objective import image_loss
@@ -156,6 +158,9 @@ def test_scoring_captions(folder, model, images, tmp_path):
         np.testing.assert_allclose([row["match"] for row in rows], of_own, rtol=1e-4, atol=1e-5)
         assert summary["match"] == pytest.approx(of_own.mean(), rel=1e-4)
         assert summary["match_positive"] == np.mean(of_own > 0)
+        # A difference of bounds is none.
+        bounds = [name for name in rows[0] if name.endswith("_bound")]
+        assert bounds == ["nats_bound", "nats_no_caption_bound"]
     rows, summary = outs["classes"]
     posterior = np.logaddexp.reduce(table, axis=1)
     right = posterior.argmax(1) == own
@@ -169,6 +174,36 @@ def test_scoring_captions(folder, model, images, tmp_path):
     first = [own[match[:, k].argmax()] == k for k in range(3)]
     assert summary["image_retrieval"]["recall_at_1"] == pytest.approx(np.mean(first))
     assert summary["image_retrieval"]["recall_at_10"] == 1.0
+
+
+def test_captions_are_scored_a_batch_at_a_time(folder, model):
+    """Whatever their number; and the numbers are those of all of them at once, to the bit."""
+
+    class Counted:
+        def __init__(self):
+            self.calls = []
+            self.bundle, self.length = model.bundle, model.length
+
+        def score_draws(self, turns, **options):
+            self.calls.append(len(turns))
+            return model.score_draws(turns, **options)
+
+    captions = (*(digits.caption(i) for i in range(3)), "a", "a handwritten " * 8 + "three")
+    dataset, records = open_dataset([folder / "drawings.jsonl"], SHAPE), range(2, 5)
+    counted = Counted()
+    rows = CaptionTable(counted, dataset, captions, 2, 0).score(records)
+    assert counted.calls == [len(records)] * (len(captions) + 1)
+    images = [drawing(dataset[i])[1] for i in records]
+    turns = [
+        [Turn("user", prompt), Turn("assistant", (image,))]
+        for prompt in [*((c,) for c in captions), ()]
+        for image in images
+    ]
+    whole = model.score_draws(turns, seeds=[*records] * 6, draws=2, rows=len(records))
+    table = np.stack([one.images[:, 0] for one in whole]).reshape(6, len(records), 2)
+    for place, row in enumerate(rows):
+        assert row["nats_by_caption"] == table[:-1, place].mean(1).tolist()
+        assert row["nats_no_caption_by_draw"] == table[-1, place].tolist()
 
 
 def test_recalls():
@@ -259,6 +294,76 @@ def test_totals_do_not_depend_on_order_and_work_is_not_done_twice(tmp_path):
     values.reverse()
     again = run_job(Job(tmp_path / "b", len(values), 3, {"seed": 0}), score, summarise)
     assert again["total"] == first["total"]
+
+
+def test_other_data_under_the_same_name_is_another_job(folder, tmp_path, capsys):
+    shutil.copytree(folder / "images", tmp_path / "images")
+    lines = (folder / "drawings.jsonl").read_text().splitlines(keepends=True)
+    data, picture = tmp_path / "d.jsonl", tmp_path / "images" / "0.png"
+    data.write_text("".join(lines[:2]))
+    command = arguments(folder, tmp_path / "out", "drawings", "--draws", "1", "--data", data)
+    command = [str(word) for word in command]
+    assert main(command) == 0
+    before = results(tmp_path / "out")
+
+    def refused():
+        capsys.readouterr()
+        assert main(command) == 2
+        return "another job: records_sha256" in capsys.readouterr().err
+
+    data.write_text("".join(lines[2:4]))
+    assert refused()
+    # A job that is half done, too.
+    (tmp_path / "out" / "summary.json").rename(tmp_path / "kept.json")
+    assert refused()
+    (tmp_path / "kept.json").rename(tmp_path / "out" / "summary.json")
+    data.write_text("".join(lines[:2]))
+    shown = picture.read_bytes()
+    shutil.copy(tmp_path / "images" / "3.png", picture)
+    assert refused()
+    picture.write_bytes(shown)
+    assert main(command) == 0 and results(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("kind", ["tar", "jsonl", "folder"])
+def test_a_digest_is_of_what_the_records_say(kind, tmp_path):
+    def made(name, change=None):
+        place = tmp_path / name
+        if kind == "folder":
+            pictures = np.full((3, 4, 4, 1), 7, np.uint8)
+            pictures[1] += change is not None
+            write_folder(place, pictures, np.array([0, 1, 0]), ("a", "b"))
+            return open_dataset([place], SHAPE).digest()
+        place.mkdir()
+        if kind == "tar":
+            source_files.write_tar(place / "0.tar", range(3), change)
+            options = {"fields": {"image": "png"}}
+        else:
+            records = []
+            for number in range(3):
+                fields = {"png": source_files.png(number), "txt": b"a"}
+                if change is not None:
+                    change(number, fields)
+                (place / f"{number}.png").write_bytes(fields["png"])
+                records.append({"jpg": f"{number}.png", "txt": fields["txt"].decode()})
+            lines = [json.dumps(record) + "\n" for record in records]
+            (place / "0.jsonl").write_text("".join(lines))
+            options = {"task": "draw"}
+        (path,) = place.glob(f"*.{kind}")
+        return open_dataset([path], SHAPE, **options).digest()
+
+    def other_picture(number, fields):
+        if number == 1:
+            fields["png"] = fields["png"][:-1] + b"!"  # of one size
+
+    def other_text(number, fields):
+        if number == 1:
+            fields["txt"] = fields["txt"][:-1] + b"!"
+
+    first = made("first")
+    assert made("elsewhere") == first != made("changed", other_picture)
+    if kind != "folder":
+        assert made("reworded", other_text) != first
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 import pytest
 
-from starflow2_jax.training.metrics import MetricsWriter, Progress, read_metrics
+from starflow2_jax.metrics import MetricsWriter, Progress, read_metrics
 
 
 class Clock:

@@ -5,7 +5,9 @@ import importlib.util
 import io
 import json
 import pathlib
+import sys
 import tomllib
+import types
 
 import hf_folder
 import numpy as np
@@ -21,7 +23,13 @@ from starflow2_jax.data.decoding import decode
 from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation.formats import LmmsEval
 from starflow2_jax.evaluation.responder import Responder
-from starflow2_jax.evaluation.understanding import anls, edit_distance, exact_match
+from starflow2_jax.evaluation.understanding import (
+    Setting,
+    anls,
+    edit_distance,
+    exact_match,
+    run,
+)
 from starflow2_jax.vlm import Assistant, Writing
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -129,6 +137,52 @@ def test_an_interrupted_job_goes_on(folder, tmp_path, monkeypatch):
     assert main(arguments(folder, broken, "--suffix", "in one word")) == 2
 
 
+class Silent:
+    """Answers nothing, of no weights."""
+
+    path = "latent"
+
+    def checksum(self):
+        return "0"
+
+    def turn(self, role, said, where):
+        return Turn(role, ("?",))
+
+    def answers(self, conversations, **_):
+        return ["three"] * len(conversations)
+
+
+def test_other_data_under_the_same_name_is_another_job(folder, tmp_path):
+    data, picture = tmp_path / "q.jsonl", tmp_path / "0.png"
+    picture.write_bytes((folder / "0.png").read_bytes())
+    line = {"image": "0.png", "question": "which digit is this?", "answer": "three"}
+
+    def ask(line):
+        data.write_text(json.dumps(line) + "\n")
+        return run(Silent(), Setting((str(data),)), tmp_path / "out")["exact_match"]
+
+    assert ask(line) == 1.0
+    for change in ({"answer": "seven"}, {"question": "which one is this??"}, {"doc_id": 3}):
+        with pytest.raises(UserError, match="another job: records_sha256"):
+            ask(line | change)
+    assert ask(line) == 1.0
+    picture.write_bytes((folder / "1.png").read_bytes())
+    with pytest.raises(UserError, match="another job: records_sha256"):
+        ask(line)
+
+
+def test_a_document_of_a_task_is_asked_once(folder, tmp_path):
+    data = tmp_path / "q.jsonl"
+    # The second has no doc_id: it is known by its number.
+    lines = [{"doc_id": 1, "question": "a", "answer": "a"}, {"question": "b", "answer": "b"}]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    setting = Setting((str(data),))
+    with pytest.raises(UserError, match=r"q.jsonl line 2: doc_id 1 is there twice, first in .*1;"):
+        run(Silent(), setting, tmp_path / "out", task="digits")
+    assert not (tmp_path / "out").exists()
+    assert run(Silent(), setting, tmp_path / "out")["questions"] == 2  # without a log: no matter
+
+
 @pytest.mark.slow
 def test_a_vlm_sees_through_its_tower(folder, tmp_path):
     out = tmp_path / "out"
@@ -179,14 +233,88 @@ def test_sampled_replies_are_by_number_whatever_the_batch(folder, name):
     responder = Responder(folder / name)
     asked = [[responder.turn("user", ("which digit is this?",), "here")]] * 4
 
-    def answers(conversations, rows, first=0):
+    def answers(conversations, rows, numbers=None):
         return responder.answers(
-            conversations, max_new_tokens=8, temperature=1.0, first=first, rows=rows
+            conversations, max_new_tokens=8, temperature=1.0, numbers=numbers, rows=rows
         )
 
     replies = answers(asked, 1)
     assert len(set(replies)) == 4
-    assert answers(asked[:2], 2, first=2) == replies[2:]
+    assert answers(asked[:2], 2, numbers=[1, 3]) == replies[1::2]
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    """The class for lmms-eval, over stubs of what it imports of the harness; and the stubs."""
+    made = {
+        name: types.ModuleType(name)
+        for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.api.instance", "lmms_eval.api.model")
+        + ("lmms_eval.protocol",)
+    }
+
+    class Base:
+        def __init__(self):
+            self.cache_hook = types.SimpleNamespace(add_partial=lambda *_: None)
+            self.task_dict = {}
+
+    made["lmms_eval.api.instance"].Instance = types.SimpleNamespace
+    made["lmms_eval.api.model"].lmms = Base
+    made["lmms_eval.protocol"].ChatMessages = types.SimpleNamespace
+    for name, module in made.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "starflow2_jax.lmms_model", raising=False)
+    yield importlib.import_module("starflow2_jax.lmms_model")
+    sys.modules.pop("starflow2_jax.lmms_model", None)
+
+
+def _request(number, settings):
+    """As the harness makes it, of the task `t`, whose documents are their numbers."""
+
+    def messages(document):
+        content = types.SimpleNamespace(type="text", text=f"question {document}")
+        return [types.SimpleNamespace(role="user", content=[content])]
+
+    return types.SimpleNamespace(args=("", messages, settings, number, "t", "test"))
+
+
+def test_the_harness_has_its_replies(harness, folder, monkeypatch):
+    calls = []
+
+    class Recorder(Silent):
+        def turn(self, role, said, where):
+            return Turn(role, tuple(said))
+
+        def answers(self, conversations, *, numbers, rows, **settings):
+            assert len(conversations) == len(numbers) <= rows
+            texts = [turns[0].parts[0] for turns in conversations]
+            calls.append((tuple(numbers), settings))
+            return [f"{text} with stream {n}" for text, n in zip(texts, numbers, strict=True)]
+
+    monkeypatch.setattr(harness, "Responder", lambda *_, **__: Recorder())
+
+    def replies(settings, batch_size):
+        model = harness.LmmsModel("model", batch_size=batch_size)
+        model.task_dict = {"t": {"test": range(len(settings))}}
+        return model.generate_until([_request(n, s) for n, s in enumerate(settings)])
+
+    # Tasks of two settings come in turns: every request has a stream of its own all the same.
+    settings = [{"do_sample": True, "max_new_tokens": 8 + n % 2} for n in range(6)]
+    for batch_size in (1, 2, 3):
+        found = replies(settings, batch_size)
+        assert found == [f"question {n} with stream {n}" for n in range(6)]
+    calls.clear()
+    cases = [
+        ({"do_sample": True}, 1.0),
+        ({"do_sample": True, "temperature": None}, 1.0),
+        ({"do_sample": True, "temperature": 0}, 0.0),
+        ({"do_sample": True, "temperature": 0.5}, 0.5),
+        ({"do_sample": False, "temperature": 0.5}, 0.0),
+        ({"temperature": 0.5, "until": ["\n"], "top_p": 0.9}, 0.5),
+        ({}, 0.0),
+    ]
+    replies([settings for settings, _ in cases], 4)
+    assert [settings["temperature"] for _, settings in calls] == [t for _, t in cases]
+    assert calls[5][1]["stop"] == ("\n",) and calls[5][1]["top_p"] == 0.9
 
 
 def test_both_kinds_of_pictures_are_read(folder, pictures):

@@ -56,6 +56,9 @@ WISE_EDITIONS = {
         },
     ),
     # WISE_Verified: some other prompts, and another judge, who says yes or no (`vllm_eval.py`).
+    # Weights, the ids of each file (to 400, 640, 1000) and the order of categories are those of its
+    # repository's README (at d6bfe42). The borders inside a file are inferred: the shares in the
+    # README's table are of 120 prompts. The overall score does not depend on them.
     "verified": WiseEdition(
         {"score": 1.0},
         1,

@@ -1,9 +1,22 @@
 """Exact likelihoods of conversations: every image and every text of a dataset, as a job.
 
-All log-probabilities are in nats. An image's are of its latents; bits per dim are of the 8-bit
-image, an upper bound. Each draw of the dequantisation gives an unbiased estimate of the 8-bit
-image's probability, so the log of the draws' mean is a bound that more draws tighten (importance
-weighting, arXiv 1509.00519); the mean of the logs is the plain one. Letters: S draws, I images.
+All log-probabilities are in nats. An image k's are of its latents x, of which S draws are made.
+
+Pixels as latents: x is k and noise in its grey levels, so an integral of the density of x over them
+is the 8-bit image's probability. Bits per dim are of that image, an upper bound. Each draw gives an
+unbiased estimate of the probability, so the log of the draws' mean is a bound that more draws
+tighten (importance weighting, arXiv 1509.00519); the mean of the logs is the plain one.
+
+An FAE's latents: x is drawn from q(x | k), the encoder's posterior, normalised, with the codec's
+noise. log p(x) and its bits per dim are of noisy latents, and say nothing of pixels: an FAE has no
+probability p(k | x) of an image given its latents, which alone could make a bound of them. What can
+be said is the rate, E[log q(x | k) - log p(x)] = KL(q || p) over draws of q: the nats that x costs
+beyond its noise, which bits-back coding gets back (arXiv 1901.04866). It is reported as a mean of
+draws and has no importance-weighted form: the mean over draws of p(x) / q(x | k) is 1 for every
+normalised p, so more draws would bring the log of that mean to 0 and tell nothing of the model.
+
+A text's probability given images as they are read is a mean over the draws with either codec, so
+the log of the draws' mean is its importance-weighted bound. Letters: S draws, I images.
 """
 
 import dataclasses
@@ -23,12 +36,15 @@ def log_mean(values: np.ndarray) -> float:
     return top + math.log(mean(np.exp(values - top).tolist()))
 
 
-def of_draws(name: str, values: np.ndarray) -> Row:
-    """Mean of log-probabilities over draws [S], spread, bound; and the draws themselves."""
+def of_draws(name: str, values: np.ndarray, bound: bool) -> Row:
+    """Mean of what draws [S] give, and spread over them; and the draws themselves.
+
+    With `bound` the log of the mean of exp, too, where each exp is an unbiased estimate.
+    """
     return {
         name: mean(values.tolist()),
         f"{name}_spread": spread(values.tolist()),
-        f"{name}_bound": log_mean(values),
+        **({f"{name}_bound": log_mean(values)} if bound else {}),
         f"{name}_by_draw": values.tolist(),
     }
 
@@ -74,11 +90,14 @@ class ConversationLikelihood:
             each = [bits(v) for v in values]
             row = {
                 "role": role,
-                **of_draws("nats", values),
+                **of_draws("nats", values, codec.of_pixels),
                 "bits_per_dim": bits(mean(values.tolist())),
                 "bits_per_dim_spread": spread(each),
-                "bits_per_dim_bound": bits(log_mean(values)),
             }
+            if codec.of_pixels:
+                row["bits_per_dim_bound"] = bits(log_mean(values))
+            else:
+                row |= of_draws("rate_nats", scores.posterior[:, place] - values, False)
             images.append(row)
         text = np.array([math.fsum(draw) for draw in scores.text])
         tokens = scores.text.shape[1]
@@ -92,9 +111,9 @@ class ConversationLikelihood:
         return {
             "images": images,
             "text_tokens": tokens,
-            **{f"text_{name}": value for name, value in of_draws("nats", text).items()},
+            **of_draws("text_nats", text, True),
             "perplexity": math.exp(-mean(text.tolist()) / tokens) if tokens else None,
-            **{f"joint_{name}": value for name, value in of_draws("nats", joint).items()},
+            **of_draws("joint_nats", joint, codec.of_pixels),
         }
 
     def summarise(self, rows: list[Row]) -> Row:
@@ -115,11 +134,10 @@ class ConversationLikelihood:
                 "text_nats_per_token_spread": spread([d * len(rows) / tokens for d in by_draw]),
                 "perplexity": math.exp(-nats / tokens),
             }
-        return summary | {
-            "joint_nats": mean(joint),
-            "joint_nats_standard_error": standard_error(joint),
-            "joint_nats_bound": mean(row["joint_nats_bound"] for row in rows),
-        }
+        summary |= {"joint_nats": mean(joint), "joint_nats_standard_error": standard_error(joint)}
+        if self.model.bundle.codec.of_pixels:
+            summary["joint_nats_bound"] = mean(row["joint_nats_bound"] for row in rows)
+        return summary
 
     def _images(self, images: list[Row]) -> Row:
         codec = self.model.bundle.codec
@@ -128,14 +146,21 @@ class ConversationLikelihood:
             float(codec.bits_per_dim(np.float64(nats)))
             for nats in _by_draw([image["nats_by_draw"] for image in images])
         ]
-        return {
+        summary: Row = {
             "images": len(images),
             "nats": mean(image["nats"] for image in images),
             "bits_per_dim": mean(bits),
             "bits_per_dim_standard_error": standard_error(bits),
-            "bits_per_dim_bound": mean(image["bits_per_dim_bound"] for image in images),
             "bits_per_dim_by_draw": by_draw,
             "bits_per_dim_spread": spread(by_draw),
+        }
+        if codec.of_pixels:
+            bounds = [image["bits_per_dim_bound"] for image in images]
+            return summary | {"bits_per_dim_bound": mean(bounds)}
+        rates = [image["rate_nats"] for image in images]
+        return summary | {
+            "rate_nats": mean(rates),
+            "rate_nats_standard_error": standard_error(rates),
         }
 
 

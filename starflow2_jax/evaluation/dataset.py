@@ -5,6 +5,8 @@ In training a damaged record is skipped; here it stops the job with its name.
 
 import dataclasses
 import functools
+import hashlib
+import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,7 @@ import numpy as np
 from starflow2_jax.data import tasks
 from starflow2_jax.data.decoding import decode
 from starflow2_jax.data.images import NO_CLASS, ImageFolder, open_folder
-from starflow2_jax.data.sequences import ImageShape, Turn
+from starflow2_jax.data.sequences import ImageShape, Part, Turn
 from starflow2_jax.data.sources import (
     ArrayRecordSource,
     ConversationSource,
@@ -24,7 +26,7 @@ from starflow2_jax.data.sources import (
     WebDatasetSource,
 )
 from starflow2_jax.data.sources.record import Record
-from starflow2_jax.data.tasks import Task
+from starflow2_jax.data.tasks import Decode, Task
 from starflow2_jax.errors import UserError
 
 TASKS: dict[str, type] = {
@@ -102,17 +104,46 @@ class Dataset:
         Raises:
             UserError: it is damaged, or lacks a field; names it.
         """
+        return self._example(index, self._decode)
+
+    def digest(self) -> str:
+        """What the records say: SHA-256, in hexadecimal, of ids, roles, texts and encoded images.
+
+        Of every byte that is scored, and of nothing else: files that lie elsewhere, have other
+        times, or are packed in another way have the same digest. Everything is read once, and no
+        image is decoded, which is little beside scoring it.
+
+        Raises:
+            UserError: as `dataset[index]`, but for images that cannot be decoded.
+        """
+        found = hashlib.sha256()
+        for index in range(len(self)):
+            example = self._example(index, _image_digest)
+            turns = [(turn.role, [*map(_written, turn.parts)]) for turn in example.turns]
+            found.update(json.dumps([example.id, turns]).encode() + b"\n")
+        return found.hexdigest()
+
+    def _example(self, index: int, decode: Decode) -> Example:
         try:
             record = self.source[index]
             # What is random in a task (the wording of a question) goes by the record's number.
             rng = np.random.default_rng(index)
-            turns = self._task.turns(record, self._decode, rng)
+            turns = self._task.turns(record, decode, rng)
             given = record.value("id") if "id" in record else index
         # Whatever the readers of other people's files raise on damaged ones.
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{self.source.name(index)}: {reason}") from error
         return Example(given if isinstance(given, str | int) else index, tuple(turns))
+
+
+def _image_digest(data: bytes) -> np.ndarray:
+    """In the place of an image: uint8 [32]."""
+    return np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
+
+
+def _written(part: Part) -> Any:
+    return part if isinstance(part, str) else {"image": part.tobytes().hex()}
 
 
 class _Unnamed(tasks.Draw):

@@ -19,9 +19,9 @@ from starflow2_jax.data.digits import NUMBERS, STORY_IMAGES, Digits
 from starflow2_jax.data.sequences import Turn
 from starflow2_jax.evaluation.likelihood import paired_difference, score_captions
 from starflow2_jax.evaluation.pictures import draw_captions, grid, plot_losses
+from starflow2_jax.metrics import read_metrics
 from starflow2_jax.model import Model, Reply, Sampling
 from starflow2_jax.provenance import write_json
-from starflow2_jax.training.metrics import read_metrics
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,11 +23,11 @@ from starflow2_jax.data.sequences import Turn, encode_turns
 from starflow2_jax.evaluation.distances import kernel_distance
 from starflow2_jax.evaluation.likelihood import paired_difference, score_captions
 from starflow2_jax.evaluation.pictures import grid, plot_losses
+from starflow2_jax.metrics import read_metrics
 from starflow2_jax.model import Conversation, Model, Sampling
 from starflow2_jax.models.fae import FeatureFAE
 from starflow2_jax.provenance import write_json
 from starflow2_jax.sampling import display
-from starflow2_jax.training.metrics import read_metrics
 
 NAMES = 32
 SHOWN = 32

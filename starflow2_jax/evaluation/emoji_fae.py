@@ -16,9 +16,9 @@ import numpy as np
 from starflow2_jax.evaluation.distances import in_batches
 from starflow2_jax.evaluation.pictures import grid, plot_losses
 from starflow2_jax.evaluation.reconstruction import measure_reconstruction
+from starflow2_jax.metrics import read_metrics
 from starflow2_jax.models.fae import FeatureFAE
 from starflow2_jax.provenance import write_json
-from starflow2_jax.training.metrics import read_metrics
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,11 +122,12 @@ def captioned(images: pathlib.Path, captions: pathlib.Path | None) -> list[tuple
                 raise UserError(f"{where}: there is no picture {images / pairs[-1][0]}")
     else:
         for path in sorted(images.glob("*/metadata.jsonl")):
-            prompts = [record.get("prompt") for _, record in json_lines(path)]
-            if len(prompts) != 1 or not isinstance(prompts[0], str):
-                raise UserError(f"{path}: expected one object with a prompt")
-            files = image_files(path.parent / "samples")
-            pairs += [(file.relative_to(images).as_posix(), prompts[0]) for file in files]
+            match [record for _, record in json_lines(path)]:
+                case [{"prompt": str(prompt)}]:
+                    files = image_files(path.parent / "samples")
+                    pairs += [(file.relative_to(images).as_posix(), prompt) for file in files]
+                case _:
+                    raise UserError(f"{path}: expected one object with a prompt")
     if not pairs:
         where = captions or f"{images}/*/metadata.jsonl"
         raise UserError(f"{where}: no captions; give --captions FILE")

@@ -11,10 +11,10 @@ import numpy as np
 from starflow2_jax.data.images import NO_CLASS, ImageFolder
 from starflow2_jax.evaluation.image_likelihood import write_likelihoods
 from starflow2_jax.evaluation.pictures import grid, plot_losses
+from starflow2_jax.metrics import Progress, read_metrics
 from starflow2_jax.models.starflow import ImageFlow
 from starflow2_jax.provenance import write_json
 from starflow2_jax.sampling.images import sample
-from starflow2_jax.training.metrics import Progress, read_metrics
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,8 @@ class Job:
         out: folder of the results; where there are several processes, all of them see it.
         records: how many there are.
         rows: records of a chunk.
-        about: what decides the results: model, data, settings; plain JSON.
+        about: what decides the results: model, data (not their names alone: digests of what they
+            hold), settings; plain JSON.
     """
 
     out: pathlib.Path

@@ -1,6 +1,7 @@
 """Exact likelihoods of images under captions: bits per dim, mixtures, Bayes' rule.
 
-All log-probabilities are in nats, of the latents; `bits_per_dim` converts them to the 8-bit image.
+All log-probabilities are in nats, of the latents; a codec's `bits_per_dim` converts them to the
+8-bit image where pixels are the latents.
 """
 
 import dataclasses

@@ -88,6 +88,8 @@ def run(
     about: dict[str, Any] = dataclasses.asdict(setting)
     rows = about.pop("rows")
     about["weights_checksum"] = model.bundle.checksum()
+    # A file may have changed under the same name.
+    about["records_sha256"] = dataset.digest()
     if captions:
         about["captions_sha256"] = hashlib.sha256("\n".join(captions).encode()).hexdigest()
     job = Job(out, len(dataset), min(rows, len(dataset)), about)

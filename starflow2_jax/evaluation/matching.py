@@ -2,9 +2,10 @@
 
 An image is scored under a caption and under the empty prompt, with the same noise. Their
 difference, log p(image | text) - log p(image), says how well they go together: the pointwise mutual
-information, in nats. For one image the likeliest of several captions is that of the largest
-log p(image | text), Bayes' rule with captions that are equally likely; for one caption the best
-image is that of the largest difference. Letters: n images, K captions, S draws.
+information, in nats, of the latents; the mean of draws. It is no bound on that of the image: its
+terms are bounds on either side. For one image the likeliest of several captions is that of the
+largest log p(image | text), Bayes' rule with captions that are equally likely; for one caption the
+best image is that of the largest difference. Letters: n images, K captions, S draws.
 """
 
 import dataclasses
@@ -61,18 +62,10 @@ class CaptionTable:
                     f"record {example.id}: its caption {caption!r} is none of the "
                     f"{len(self.captions)} classes"
                 )
-        prompts: list[Sequence[tuple[str, ...]]] = [
-            [*((c,) for c in self.captions or (own,)), ()] for own, _ in pairs
-        ]
-        # Caption by caption: neighbours in a batch are of about one length.
-        turns, seeds = [], []
-        for place in range(len(prompts[0])):
-            for mine, (_, image) in zip(prompts, pairs, strict=True):
-                turns.append([Turn("user", mine[place]), Turn("assistant", (image,))])
-            seeds += noise_seeds(self.seed, records)
-        found = self.model.score_draws(turns, seeds=seeds, draws=self.draws, rows=len(records))
-        values = np.stack([scores.images[:, 0] for scores in found], axis=1)
-        table = values.reshape(self.draws, len(prompts[0]), len(records))  # [S, K + 1, n]
+        own_prompts: list[tuple[str, ...]] = [(own,) for own, _ in pairs]
+        prompts = [[(c,)] * len(pairs) for c in self.captions] or [own_prompts]
+        images = [image for _, image in pairs]
+        table = self._table([*prompts, [()] * len(pairs)], images, records)
         rows = []
         for place, (index, example) in enumerate(zip(records, examples, strict=True)):
             own = pairs[place][0]
@@ -80,27 +73,55 @@ class CaptionTable:
             rows.append(row | self._row(own, table[:, :-1, place], table[:, -1, place]))
         return rows
 
+    def _table(
+        self,
+        prompts: Sequence[Sequence[tuple[str, ...]]],
+        images: Sequence[np.ndarray],
+        records: range,
+    ) -> np.ndarray:
+        """log p of the images under each of some prompts, [S, prompts, n].
+
+        A prompt at a time: a conversation that is being scored has a copy of its image.
+        """
+        drawing = lambda prompt, image: [Turn("user", prompt), Turn("assistant", (image,))]
+        each = {prompt for some in prompts for prompt in some}
+        longest = max(self.model.length(drawing(prompt, images[0])) for prompt in each)
+        columns = []
+        for mine in prompts:
+            found = self.model.score_draws(
+                [drawing(prompt, image) for prompt, image in zip(mine, images, strict=True)],
+                seeds=noise_seeds(self.seed, records),
+                draws=self.draws,
+                rows=len(records),
+                positions=longest,
+            )
+            columns.append(np.stack([scores.images[:, 0] for scores in found], axis=1))
+        return np.stack(columns, axis=1)
+
     def _row(self, own: str, captioned: np.ndarray, empty: np.ndarray) -> Row:
         """Of one image: [S, K] and [S]."""
         names = self.captions or (own,)
         under = captioned[:, names.index(own)]
+        pixels = self.model.bundle.codec.of_pixels
         row = {
-            **of_draws("nats", under),
-            **of_draws("nats_no_caption", empty),
-            **of_draws("match", under - empty),
+            **of_draws("nats", under, pixels),
+            **of_draws("nats_no_caption", empty, pixels),
+            **of_draws("match", under - empty, False),
         }
         if not self.captions:
             return row
         by_caption = [mean(column) for column in captioned.T.tolist()]
-        # Each draw gives an unbiased p(image | caption): Bayes' rule takes their mean.
-        bounds = np.array([log_mean(column) for column in captioned.T])
-        posterior = bounds - (log_mean(bounds) + math.log(len(bounds)))
-        best = int(bounds.argmax())
+        if not pixels:
+            # A density of other latents at each draw: Bayes' rule for each, then the mean of what
+            # it says. (The mean of the densities would be that of the luckiest draw.)
+            captioned = np.stack([_normalised(draw) for draw in captioned])
+        # Of pixels each draw gives an unbiased p(image | caption): Bayes' rule takes their mean.
+        posterior = _normalised(np.array([log_mean(column) for column in captioned.T]))
         return row | {
             "nats_by_caption": by_caption,
-            "predicted": names[best],
+            "predicted": names[int(posterior.argmax())],
             "log_posterior": float(posterior[names.index(own)]),
-            "rank": 1 + int((bounds > bounds[names.index(own)]).sum()),
+            "rank": 1 + int((posterior > posterior[names.index(own)]).sum()),
         }
 
     def summarise(self, rows: list[Row]) -> Row:
@@ -145,6 +166,11 @@ class CaptionTable:
             mine = np.array([c == caption for c in own])
             ranks.append(1 + int((match[~mine, place] > match[mine, place].max()).sum()))
         return ranks
+
+
+def _normalised(logs: np.ndarray) -> np.ndarray:
+    """Logs [K] of numbers that are made to sum to 1."""
+    return logs - (log_mean(logs) + math.log(len(logs)))
 
 
 def recalls(ranks: Sequence[int]) -> Row:

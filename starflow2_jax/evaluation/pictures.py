@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 
 from starflow2_jax.data.sequences import Turn
+from starflow2_jax.metrics import read_metrics
 from starflow2_jax.model import Model, Sampling
 from starflow2_jax.parallel.distributed import fetch
-from starflow2_jax.training.metrics import read_metrics
 
 
 def grid(images: Sequence[np.ndarray], columns: int, scale: int = 2) -> Image.Image:

@@ -108,7 +108,7 @@ class Responder:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-        first: int = 0,
+        numbers: Sequence[int] | None = None,
         stop: tuple[str, ...] = (),
         rows: int = 16,
     ) -> list[str]:
@@ -118,16 +118,16 @@ class Responder:
             conversations: each ends with a user's turn.
             max_new_tokens: of a reply.
             temperature, top_p, seed: see `Sampling`.
-            first: number of the first conversation among all that are asked, so that conversation
-                n is sampled alike in whatever batches they come, and one that is asked twice has
-                two replies.
+            numbers: of the conversations among all that are asked, so that conversation n is
+                sampled alike in whatever batches they come, and one that is asked twice has two
+                replies; default 0, 1, ...
             stop: strings that end a reply and are no part of it.
             rows: of a compiled batch.
 
         Raises:
             UserError: special tokens in a text, or more than the context holds.
         """
-        numbers = range(first, first + len(conversations))
+        numbers = range(len(conversations)) if numbers is None else numbers
         if self._model is not None:
             sampling = Sampling(
                 temperature=temperature,
@@ -142,7 +142,8 @@ class Responder:
         else:
             texts = []
             for start in range(0, len(conversations), rows):
-                writing = Writing(temperature, top_p, max_new_tokens, seed + numbers[start])
+                seeds = [seed + n for n in numbers[start : start + rows]]
+                writing = Writing(temperature, top_p, max_new_tokens, seeds)
                 some = self._assistant.answers(conversations[start : start + rows], writing)
                 texts += [answer.text for answer in some]
         return [_until(text, stop) for text in texts]

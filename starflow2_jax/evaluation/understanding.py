@@ -10,6 +10,7 @@ DIR/TASK.json       with a task's name: a log that `lmms-eval --model from_log` 
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -155,6 +156,34 @@ class _Exam:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{self._source.name(index)}: {reason}") from error
 
+    def digest(self, task: str | None) -> str:
+        """What the records say: SHA-256, in hexadecimal, of all that is asked and expected.
+
+        Of texts and encoded pictures, wherever the files lie. Everything is read once.
+
+        Args:
+            task: whose documents the records are, each one once; None: of none.
+
+        Raises:
+            UserError: as `question`; a document that is there twice.
+        """
+        found = hashlib.sha256()
+        places: dict[int, int] = {}
+        for index in range(len(self._source)):
+            q = self.question(index)
+            first = places.setdefault(q.number, index)
+            if task is not None and first != index:
+                raise UserError(
+                    f"{self._source.name(index)}: doc_id {q.number} is there twice, first in "
+                    f"{self._source.name(first)}; a log has one reply to each document of {task}"
+                )
+            said = [
+                one if isinstance(one, str) else {"image": hashlib.sha256(one).hexdigest()}
+                for one in q.said
+            ]
+            found.update(json.dumps([q.id, q.number, said, q.answers]).encode() + b"\n")
+        return found.hexdigest()
+
     def score(self, records: range) -> list[Row]:
         """Asks some questions."""
         questions = [self.question(index) for index in records]
@@ -212,7 +241,7 @@ def run(
         The summary.
 
     Raises:
-        UserError: bad data, or results of another job.
+        UserError: bad data, results of another job, or a task's document that is there twice.
     """
     source = ConversationSource(list(setting.data), images=setting.images, index=index)
     if not len(source):
@@ -221,6 +250,8 @@ def run(
     about: dict[str, Any] = dataclasses.asdict(setting)
     rows = about.pop("rows")
     about |= {"path": responder.path, "weights_checksum": responder.checksum()}
+    # A file may have changed under the same name.
+    about["records_sha256"] = exam.digest(task)
     job = Job(out, len(source), min(rows, len(source)), about)
     summary = run_job(job, exam.score, exam.summarise, on_progress)
     if task is not None:

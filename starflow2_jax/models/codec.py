@@ -19,6 +19,14 @@ class Codec(Protocol):
     def shape(self) -> tuple[int, int, int]:
         """See above."""
 
+    @property
+    def of_pixels(self) -> bool:
+        """Whether x is the dequantised image itself, so that a density of x is one of the image.
+
+        If not, x is drawn from a posterior given the image, and nothing says how likely an image
+        is given x.
+        """
+
     def latents(
         self,
         images: jax.Array,

@@ -35,6 +35,11 @@ class FAECodec:
         if (height, width) != (size, size):
             raise ValueError(f"the FAE decodes {size}x{size} pixels, not {height}x{width}")
 
+    @property
+    def of_pixels(self) -> bool:
+        """See `codec.Codec`."""
+        return False
+
     def latents(
         self,
         images: jax.Array,
@@ -55,10 +60,17 @@ class FAECodec:
         Returns:
             x [B, N, C], float32.
         """
-        if images.ndim == 4:
-            posterior = self.model.encode(images, jnp.dtype(self.dtype))
-            images = jnp.concatenate([posterior.mean, posterior.logvar], -1)
+        images = self.moments(images) if images.ndim == 4 else images
         return self._of_latents().latents(images, seed, image_seeds, noise_std, reading)
+
+    def moments(self, images: jax.Array) -> jax.Array:
+        """uint8 [B, H, W, channels] -> what may be cached of them, [B, N, 2C]; see `latents`."""
+        posterior = self.model.encode(images, jnp.dtype(self.dtype))
+        return jnp.concatenate([posterior.mean, posterior.logvar], -1)
+
+    def log_posterior(self, x: jax.Array, moments: jax.Array) -> jax.Array:
+        """log q(x | image), nats: [..., N, C] and [..., N, 2C] -> [...]; see `LatentCodec`."""
+        return self._of_latents().log_posterior(x, moments)
 
     def _of_latents(self) -> LatentCodec:
         statistics, tokens = self.model.fae.latents, self.model.config.tokens

@@ -59,6 +59,11 @@ class LatentCodec:
         """[N, 2 C] of one image as batches hold it: means, then log-variances."""
         return (self.tokens, 2 * len(self.mean))
 
+    @property
+    def of_pixels(self) -> bool:
+        """See `codec.Codec`."""
+        return False
+
     def latents(
         self,
         images: jax.Array,
@@ -71,6 +76,25 @@ class LatentCodec:
         mean, log_variance = jnp.split(images.astype(jnp.float32), 2, axis=-1)
         z, noise = posterior_draws(mean, log_variance, seed, image_seeds, reading)
         return (z - self.mean) / self.std + jnp.hypot(self.noise_std, noise_std) * noise
+
+    def log_posterior(self, x: jax.Array, images: jax.Array) -> jax.Array:
+        """log q(x | image) of the density that `latents` draws x from, without more noise.
+
+        A normal distribution, independent in tokens and channels: with the posterior's mean m and
+        variance v, x has the mean (m - mean) / std and the variance v / std^2 + noise_std^2.
+
+        Args:
+            x: [..., N, C].
+            images: [..., N, 2 C], see `latents`.
+
+        Returns:
+            [...], nats, of all N C numbers together.
+        """
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        mean, log_variance = jnp.split(images.astype(wide), 2, axis=-1)
+        variance = jnp.exp(log_variance) / self.std**2 + self.noise_std**2
+        far = jnp.square(x.astype(wide) - (mean - self.mean) / self.std) / variance
+        return -0.5 * (far + jnp.log(2.0 * math.pi * variance)).sum((-2, -1))
 
     def bits_per_dim(self, log_prob: jax.Array) -> jax.Array:
         """log p(x) in nats of a whole image -> bits per noisy normalised latent dim."""

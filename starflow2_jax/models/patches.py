@@ -65,6 +65,11 @@ class PatchCodec:
     divisors: jax.Array
     shape: tuple[int, int, int] = dataclasses.field(metadata={"static": True})
 
+    @property
+    def of_pixels(self) -> bool:
+        """See `codec.Codec`."""
+        return True
+
     def encode(self, images: jax.Array, uniform: jax.Array) -> jax.Array:
         """uint8 [B, H, W, channels] and U[0, 1) noise of that shape -> x [B, N, C]."""
         pixels = dequantised(images, uniform).reshape(images.shape[0], -1)

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from starflow2_jax.data.pipeline import HostBatch
 from starflow2_jax.errors import Interrupted, UserError
+from starflow2_jax.metrics import MetricsWriter, Progress
 from starflow2_jax.parallel import mesh as meshes
 from starflow2_jax.parallel import rules
 from starflow2_jax.parallel.cpu import keep_freed_memory
@@ -30,7 +31,6 @@ from starflow2_jax.training.checkpoint import Checkpoints, checksum
 from starflow2_jax.training.held_out import BEST_BY, held_out_losses
 from starflow2_jax.training.interrupt import Interruptible
 from starflow2_jax.training.meter import Meter, Profiler
-from starflow2_jax.training.metrics import MetricsWriter, Progress
 from starflow2_jax.training.step import State, StepConfig, init_state, jitted
 from starflow2_jax.training.task import Stage, Task
 

@@ -67,8 +67,8 @@ def run(args: argparse.Namespace) -> None:
     """
     from starflow2_jax.evaluation import benchmark_scores, generation
     from starflow2_jax.evaluation.job import SUMMARY as SUMMARY_FILE
+    from starflow2_jax.metrics import Progress
     from starflow2_jax.provenance import write_json
-    from starflow2_jax.training.metrics import Progress
 
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}, expected at least 0")

@@ -28,9 +28,15 @@ data of an image flow (TarFlow): a folder of images, with a sub-folder for each 
 results in --out:
   examples.jsonl   for each record: nats (log p, mean over the draws of the noise) with _spread
                    over the draws, _bound (log of the draws' mean: importance weighted), _by_draw;
-                   bits_per_dim of the 8-bit image (an upper bound); text_nats, perplexity;
-                   joint_nats of the reply given the prompt
+                   bits_per_dim; text_nats, perplexity; joint_nats of the reply given the prompt
   summary.json     means with standard errors, and the spread over the draws; it comes last
+
+  pixels as latents: bits_per_dim is of the 8-bit image, an upper bound; _bound a tighter one
+  latents of an FAE: nats and bits_per_dim are of noisy latents x, one draw from q(x | image) each
+                   (the encoder's posterior, normalised, and the noise): no bound on pixels, and
+                   without _bound. rate_nats = mean over draws of log q(x | image) - log p(x), an
+                   estimate of KL(q || p): what the latents cost beyond their noise, lower is better
+  matching's difference is a mean over draws, and no bound with either
 
 With a STARFlow2 model an interrupted command continues where it stopped when it is given again, and
 several processes (launch/) share the work; the results are the same to the byte. An image flow's
@@ -96,8 +102,8 @@ def _of_images(args: argparse.Namespace) -> None:
     from starflow2_jax.evaluation.image_likelihood import SUMMARY as SUMMARY_FILE
     from starflow2_jax.evaluation.image_likelihood import write_likelihoods
     from starflow2_jax.flow_bundle import load_image_flow, model_folder, read_description
+    from starflow2_jax.metrics import Progress
     from starflow2_jax.models.starflow import TarFlowConfig
-    from starflow2_jax.training.metrics import Progress
 
     folder = pathlib.Path(args.model)
     config, record = read_description(folder)

@@ -22,7 +22,7 @@ def progress_of(name: str) -> Callable[[int, int], None]:
     """Shows the first process's records on the terminal, from the first that are done."""
     import jax
 
-    from starflow2_jax.training.metrics import Progress
+    from starflow2_jax.metrics import Progress
 
     progress: list[Progress] = []
 
