@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "config.data.workers",
     "config.profile",
     "config.wandb",
+    "config.inception",
 )
 """Parts of a config that a run may be continued with others of: how, not what it trains."""
 
