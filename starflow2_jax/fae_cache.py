@@ -117,6 +117,8 @@ def cache_latents(
         shard=shard,
         batch=batch,
         keep=tuple(keep),
+        dtype=dtype,
+        image=image,
     )
     model = load_fae(place)
     encode = lambda images: _moments(model, images, dtype=jnp.dtype(dtype))
@@ -137,7 +139,6 @@ def cache_latents(
         functools.partial(
             decode_still, shape=ImageShape(size, size, config.image_channels, config.side)
         ),
-        image=image,
         threads=threads,
         on_progress=lambda images: progress.update(images, {}),
     )

@@ -152,8 +152,13 @@ def test_another_cache_is_refused(faes, pictures, tmp_path):
         fae_cache.cache_latents(faes / "1", FolderSource(pictures), out, shard=8, batch=4)
     with pytest.raises(UserError, match="of another FAE"):
         LatentSource(out, read_fae(faes / "1")[1]["checksum"])
-    with pytest.raises(UserError, match="shard"):
-        cache(faes, pictures, out, shard=16)
+    for differing, options in (
+        (r"shard \(8 there, 16 now\)", {"shard": 16}),
+        (r"dtype \(float32 there, bfloat16 now\)", {"dtype": "bfloat16"}),
+        (r"image \(image there, file now\)", {"image": "file"}),
+    ):
+        with pytest.raises(UserError, match=f"differing: {differing};"):
+            cache(faes, pictures, out, **options)
     (pictures / "022.png").write_bytes((pictures / "021.png").read_bytes())
     with pytest.raises(UserError, match="records"):
         cache(faes, pictures, out)

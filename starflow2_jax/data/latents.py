@@ -52,6 +52,8 @@ class CacheShape:
         shard: records of a shard; the last may have fewer.
         batch: B. Whoever computes in other batches gets other last bits.
         keep: fields of the images' records that go along.
+        dtype: of the encoder's computation.
+        image: field of the images' records that was encoded.
     """
 
     fae: str
@@ -63,6 +65,9 @@ class CacheShape:
     shard: int
     batch: int
     keep: tuple[str, ...] = ()
+    # Caches that do not name them were made with the command's defaults.
+    dtype: str = "float32"
+    image: str = "image"
 
     @property
     def shards(self) -> int:
@@ -194,7 +199,6 @@ def write_cache(
     encode: Encode,
     decode: Callable[[bytes], np.ndarray],
     *,
-    image: str = "image",
     threads: int = 4,
     on_progress: Callable[[int], None] | None = None,
 ) -> int:
@@ -208,7 +212,6 @@ def write_cache(
         shape: see `CacheShape`.
         encode: of `shape.batch` images at a time.
         decode: an encoded image to uint8 [H, W, channels].
-        image: field of the images.
         threads: that read.
         on_progress: is called with the number of images done so far in this call.
 
@@ -223,7 +226,7 @@ def write_cache(
 
     folder = pathlib.Path(folder).expanduser()
     _claim(folder, shape)
-    read = _Reader(source, decode, image, shape.keep)
+    read = _Reader(source, decode, shape.image, shape.keep)
     done = 0
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for number in range(shape.shards):
