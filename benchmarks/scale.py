@@ -100,8 +100,17 @@ def sent(plan: dict[str, Any]) -> str:
     return f"{math.fsum(plan['bytes_by_collective'].values()) / 1e9:.2f}"
 
 
+def missing(rows: list[dict[str, Any]]) -> list[str]:
+    """The commands of `commands()` that the rows lack."""
+    known = {row["name"] for row in rows}
+    return [name for name in map(" ".join, commands()) if name not in known]
+
+
 def write_table(rows: list[dict[str, Any]]) -> None:
-    """Into docs/scale.md, between the markers."""
+    """Into docs/scale.md, between the markers: all rows, or none."""
+    if lacking := missing(rows):
+        print(f"{TABLE.name} stays as it is; {len(lacking)} rows are missing: {lacking[0]}, ...")
+        return
     head = (
         "| program | topology | mesh; remat; parts | memory GB | compiled / model FLOPs | "
         "ms of matrix units / memory / links / network | MFU at most | the same, interconnect "
@@ -134,8 +143,7 @@ def main() -> None:
         rows = [known[n] for n in map(" ".join, commands()) if n in known]
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
         print(line(name, plan), flush=True)
-    if rows:
-        write_table(rows)
+    write_table(rows)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ r"""The published FAE: latents of 16x16x32 numbers of 256x256 images, on DINOv2-
         --config.data.held_out=imagenet/val --config.perceptual=vgg16.pth,vgg.pth
 
 `perceptual` names torchvision's VGG-16 and the weights of LPIPS 0.1 on it; without them the
-perceptual term is left out. The paper gives sizes, steps, batches and rates (arXiv 2512.07829);
-what it does not give is as in the family's own decoder training. At the end: report.json,
-losses.png.
+perceptual term is left out. `inception` names the weights of the rFID's network, as `starflow2
+evaluate generation --inception` reads them; without them there is no rFID. The paper gives sizes,
+steps, batches and rates (arXiv 2512.07829); what it does not give is as in the family's own decoder
+training. At the end: report.json, losses.png.
 """
 
 import functools
@@ -21,6 +22,7 @@ from flax import nnx
 from starflow2_jax.convert.lpips import load_lpips
 from starflow2_jax.data.images import open_folder, random_flip, write_folder
 from starflow2_jax.errors import UserError
+from starflow2_jax.evaluation.emoji_fae import NO_DISTANCE, inception_distance
 from starflow2_jax.evaluation.pictures import grid, plot_losses
 from starflow2_jax.evaluation.reconstruction import measure_reconstruction, reconstructed
 from starflow2_jax.fae_bundle import load_fae, load_vit
@@ -52,6 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.vit_dtype = "bfloat16"
     config.data = group(dict(train="imagenet/train", held_out="imagenet/val", report_images=5000))
     config.perceptual = ()
+    config.inception = ""
     config.fae = group(
         dict(
             channels=32,
@@ -147,6 +150,7 @@ def _folder(config: ml_collections.ConfigDict, workdir: pathlib.Path, split: str
 
 
 def make_task(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> FAETask:
+    inception_distance(config.inception)  # a wrong file is said now, not after the training
     vit = _vit(config)
     try:
         model = _model(config, vit.config.width)
@@ -186,8 +190,11 @@ def report(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     held_out = open_folder(_folder(config, workdir, "held_out"), model.config.image_size, CHANNELS)
     count = min(config.data.report_images, len(held_out))
     images = held_out.batch(np.linspace(0, len(held_out) - 1, count).astype(int))["images"]
-    measured = measure_reconstruction(model, images)
+    distance = inception_distance(config.inception)
+    measured = measure_reconstruction(model, images, distance=distance)
     write_json(workdir / "report.json", {"images": count, **measured})
+    if distance is None:
+        print(NO_DISTANCE)
     panels = [(n, "loss_features" if n == "features" else "loss_pixels") for n in config.stages]
     plot_losses(workdir, panels)
     for name, value in measured.items():

@@ -7,7 +7,8 @@
 The ViT, shaped as DINOv2, learns by masked reconstruction; then the FAE's stages. With
 `--config.features=patches` there is no ViT: features are the bare patches of pixels. At the end
 the work directory holds `model/` (decoders tuned to the flow's noise), `model_untuned/`, report.md
-and pictures.
+and pictures. The report has the rFID where `--config.inception` names the weights of its network,
+as `starflow2 evaluate generation --inception` reads them.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from starflow2_jax.data.emoji import varied
 from starflow2_jax.data.emoji_archive import SIZE, load_pictures, read_manifest, write_made
 from starflow2_jax.data.images import open_folder
 from starflow2_jax.errors import UserError
-from starflow2_jax.evaluation.emoji_fae import reconstructions, write_fae_report
+from starflow2_jax.evaluation.emoji_fae import inception_distance, reconstructions, write_fae_report
 from starflow2_jax.evaluation.pictures import grid
 from starflow2_jax.fae_bundle import load_fae, load_vit, save_fae
 from starflow2_jax.models.dinov2 import DinoV2Config
@@ -51,6 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.log_every = 20
     config.log_seconds = 10.0
     config.emoji = "data/emoji"
+    config.inception = ""
     config.features = "vit"
     config.vit = group(
         dict(width=512, layers=2, head_dim=64, layer_scale=0.05, most_masked=0.5, seen=4.0)
@@ -226,4 +228,5 @@ def report(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         load_fae(workdir / "model"),
         pictures["train"],
         pictures["test"],
+        inception_distance(config.inception),
     )

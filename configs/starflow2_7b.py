@@ -145,13 +145,24 @@ def smoke(config: ml_collections.ConfigDict) -> None:
 
 
 def for_topology(config: ml_collections.ConfigDict) -> None:
-    """The settings of `config.topology`, as far as there are any."""
+    """The settings of `config.topology`.
+
+    Raises:
+        UserError: there are none.
+    """
     apply(config, TOPOLOGIES)
 
 
 def apply(config: ml_collections.ConfigDict, settings: dict[str, tuple[dict, dict]]) -> None:
     slices = f"{config.slices}x" if config.slices > 1 else ""
-    mesh, parts = settings.get(f"{slices}{config.topology}", ({}, {}))
+    name = f"{slices}{config.topology}"
+    if name not in settings:
+        raise UserError(
+            f"config.topology: there are no settings for {name}, only for {', '.join(settings)} "
+            "(2x: config.slices=2); for another one leave it out, and give config.mesh and "
+            "config.stages.NAME.optimizer.accumulate"
+        )
+    mesh, parts = settings[name]
     config.mesh.update(mesh)
     for name, count in parts.items():
         config.stages[name].optimizer.accumulate = count

@@ -36,7 +36,14 @@ from starflow2_jax.parallel.distributed import fetch
 from starflow2_jax.provenance import write_json
 from starflow2_jax.training.checkpoint import checksum, load_tree, save_tree
 
-__all__ = ["Bundle", "checksum", "config_from_json", "load_bundle", "save_bundle"]
+__all__ = [
+    "Bundle",
+    "checksum",
+    "codec_shapes",
+    "config_from_json",
+    "load_bundle",
+    "save_bundle",
+]
 
 MODEL_FILE = "model.json"
 FAE_FOLDER = "fae"
@@ -70,6 +77,20 @@ class Bundle:
 
 def _codec_arrays(codec: PatchCodec) -> dict[str, jax.Array]:
     return {name: getattr(codec, name) for name in CODEC_ARRAYS}
+
+
+def codec_shapes(
+    config: PretzelConfig, sharding: jax.sharding.Sharding | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the arrays of a model's patch codec are, by name."""
+    patches, values = config.flow.channels, config.flow.tokens
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    return {
+        "order": struct((patches * values,), jnp.int32),
+        "basis": struct((values, values), jnp.float32),
+        "waves": struct((values, patches, patches), jnp.float32),
+        "divisors": struct((values, patches), jnp.float32),
+    }
 
 
 def config_from_json(record: Mapping[str, Any]) -> PretzelConfig:
@@ -158,14 +179,7 @@ def load_bundle(folder: pathlib.Path, dtype: str | None = None, mesh: Mesh | Non
         SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else NamedSharding(mesh, P())
     )
     if "fae" not in record:
-        patches, values = config.flow.channels, config.flow.tokens
-        struct = functools.partial(jax.ShapeDtypeStruct, sharding=everywhere)
-        wanted["codec"] = {
-            "order": struct((patches * values,), jnp.int32),
-            "basis": struct((values, values), jnp.float32),
-            "waves": struct((values, patches, patches), jnp.float32),
-            "divisors": struct((values, patches), jnp.float32),
-        }
+        wanted["codec"] = codec_shapes(config, everywhere)
     arrays, _ = load_tree(weights, wanted)
     nnx.replace_by_pure_dict(abstract, arrays["model"])
     if "fae" in record:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow2_jax.data.decoding import decode_still
-from starflow2_jax.data.latents import CacheShape, names_checksum, write_cache
+from starflow2_jax.data.latents import CacheShape, names_checksum, read_skipped, write_cache
 from starflow2_jax.data.sequences import ImageShape
 from starflow2_jax.data.sources import (
     ArrayRecordSource,
@@ -43,11 +43,13 @@ class Rates:
         images: encoded now; those of whole shards were there already.
         seconds: that took, without loading and compiling.
         encoder: images per second of the encoder alone, in the same batches.
+        skipped: records that the whole cache was made without.
     """
 
     images: int
     seconds: float
     encoder: float
+    skipped: int = 0
 
     @property
     def share(self) -> float:
@@ -55,18 +57,26 @@ class Rates:
         return self.images / self.seconds / self.encoder if self.images else 1.0
 
 
-def open_images(data: str | os.PathLike[str]) -> Source:
+def open_images(
+    data: str | os.PathLike[str], index: str | os.PathLike[str] | None = None
+) -> Source:
     """A folder of image files; or files of tar, Parquet, ArrayRecord or JSONL, by a pattern.
 
+    Args:
+        data: path or pattern.
+        index: folder for the index of tar, Parquet and JSONL files; default beside the first.
+
     Raises:
-        UserError: no such files, or of another kind.
+        UserError: no such files, of another kind, or no place for the index.
     """
     if pathlib.Path(data).expanduser().is_dir():
         return FolderSource(data)
     suffix = pathlib.Path(data).suffix
     if suffix not in _SOURCES:
         raise UserError(f"{data} is no folder of images, and no file of {', '.join(_SOURCES)}")
-    return _SOURCES[suffix](data)
+    if _SOURCES[suffix] is ArrayRecordSource:  # these have their own
+        return ArrayRecordSource(data)
+    return _SOURCES[suffix](data, index=index)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -86,6 +96,7 @@ def cache_latents(
     batch: int = 64,
     dtype: str = "float32",
     threads: int = 4,
+    skip_broken: int = 0,
 ) -> Rates:
     """Encodes all images of a source, or those that an interrupted job left.
 
@@ -98,6 +109,7 @@ def cache_latents(
         batch: images that are encoded at a time.
         dtype: of the encoder's computation.
         threads: that read.
+        skip_broken: so many records may be left out, since they cannot be read.
 
     Raises:
         UserError: see `fae_bundle.load_fae` and `data.latents.write_cache`; or the batch does not
@@ -117,6 +129,8 @@ def cache_latents(
         shard=shard,
         batch=batch,
         keep=tuple(keep),
+        dtype=dtype,
+        image=image,
     )
     model = load_fae(place)
     encode = lambda images: _moments(model, images, dtype=jnp.dtype(dtype))
@@ -137,8 +151,10 @@ def cache_latents(
         functools.partial(
             decode_still, shape=ImageShape(size, size, config.image_channels, config.side)
         ),
-        image=image,
         threads=threads,
+        skip_broken=skip_broken,
         on_progress=lambda images: progress.update(images, {}),
     )
-    return Rates(done, time.monotonic() - began, encoder)
+    seconds = time.monotonic() - began
+    skipped = sum(map(len, read_skipped(folder).values()))
+    return Rates(done, seconds, encoder, skipped)

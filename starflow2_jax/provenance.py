@@ -1,5 +1,6 @@
 """Where results come from: the config as JSON, the git revision, a work directory's record."""
 
+import contextlib
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -18,7 +19,12 @@ from starflow2_jax.errors import UserError
 WORKDIR_FORMAT_VERSION = 1
 
 MAY_CHANGE = (
+    "config.topology",
+    "config.slices",
     "config.mesh",
+    "config.remat",
+    "config.*.remat",
+    "config.stages.*.optimizer.accumulate",
     "config.cpu_devices",
     "config.checkpoint",
     "config.log_every",
@@ -27,8 +33,12 @@ MAY_CHANGE = (
     "config.data.workers",
     "config.profile",
     "config.wandb",
+    "config.inception",
 )
-"""Parts of a config that a run may be continued with others of: how, not what it trains."""
+"""Parts of a config that a run may be continued with others of: how, not what it trains.
+
+A `*` stands for any one name.
+"""
 
 
 class _Absent:
@@ -154,6 +164,16 @@ def write_text(path: pathlib.Path, content: str) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
+def _may_change(key: str) -> bool:
+    names = key.split(".")
+    patterns = [pattern.split(".") for pattern in MAY_CHANGE]
+    return any(
+        len(names) >= len(pattern)
+        and all(ours in ("*", name) for ours, name in zip(pattern, names, strict=False))
+        for pattern in patterns
+    )
+
+
 def _show(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -212,9 +232,7 @@ def claim_workdir(
             f"({record.get('package_version')})"
         )
     differing = {
-        key: pair
-        for key, pair in differing_keys(old, resolved).items()
-        if not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
+        key: pair for key, pair in differing_keys(old, resolved).items() if not _may_change(key)
     }
     if differing:
         listed = [f"{key} ({_show(x)} there, {_show(y)} now)" for key, (x, y) in differing.items()]
@@ -233,8 +251,24 @@ def claim_workdir(
     return workdir
 
 
-def release_workdir(workdir: pathlib.Path) -> None:
-    """Gives a work directory free for another config, where nothing of a run stands in it yet."""
+def missing_folders(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
+    """Of a folder and those above it the ones that are not there yet, the innermost first."""
+    folder = pathlib.Path(folder).expanduser().absolute()
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def release_workdir(workdir: pathlib.Path, made: Sequence[pathlib.Path] = ()) -> None:
+    """Gives a work directory free for another config, where nothing of a run stands in it yet.
+
+    Args:
+        workdir: that `claim_workdir` gave.
+        made: folders that were made for it, as `missing_folders` gave them before: they go again.
+    """
     path = workdir / "config.json"
-    if list(workdir.iterdir()) == [path]:
-        path.unlink(missing_ok=True)  # another process of the job may have done it
+    if list(workdir.iterdir()) != [path]:
+        return
+    path.unlink(missing_ok=True)  # another process of the job may have done it
+    # Or removed them, or something else lies there now.
+    with contextlib.suppress(OSError):
+        for folder in made:
+            folder.rmdir()

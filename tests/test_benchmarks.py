@@ -78,3 +78,91 @@ def test_every_kind_of_source_is_timed(tmp_path, monkeypatch, capsys):
         ours = decode(path.read_bytes(), ImageShape(256, 256, 3, 16))
         theirs = data_speed.with_pillow(path)
         np.testing.assert_array_equal(ours, theirs)
+
+
+# The table of docs/scale.md, against what a run has to keep to.
+
+# MFU of stage 3 at most, by roofline: everything overlapped, and the interconnect not at all.
+MFU_BOUNDS = {"v5p": (0.85, 0.75), "v6e": (0.80, 0.50), "v5e": (0.85, 0.55)}
+
+
+@pytest.fixture(scope="module")
+def scale():
+    return script("scale")
+
+
+def table_rows(scale):
+    """The rows of the table, each as a dictionary by the heads of the columns."""
+    inside = scale.TABLE.read_text().split(scale.BEGIN)[1].split(scale.END)[0]
+    lines = [line for line in inside.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert set(cells[1]) == {"---"} and {len(row) for row in cells} == {10}
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+
+
+def leading(text):
+    """The number that a text begins with."""
+    return float(text.split()[0])
+
+
+def check_row(row):
+    """Fails where a row of the table breaks a bound."""
+    used, there = map(float, row["memory GB"].split("/"))
+    assert used <= there, row
+    mesh, *remat = row["mesh; remat; parts"].split("; ")
+    work = row["compiled / model FLOPs"]
+    assert work != "does not fit", row
+    if row["program"] == "decode":
+        assert leading(work.removeprefix("moves ")) <= 1.10, row
+        return
+    full = remat[0] == "full"
+    assert 0.9 <= leading(work) <= (1.35 if full else 1.10), row
+    chip = row["topology"].split("slices of ")[-1].split(":")[0]
+    seven = "starflow2_7b.py" in row["`starflow2 plan`"]
+    if row["program"] == "joint" and chip in MFU_BOUNDS and seven and not full:
+        overlapped, apart = MFU_BOUNDS[chip]
+        assert float(row["MFU at most"]) >= overlapped, row
+        assert float(row["the same, interconnect apart"]) >= apart, row
+
+
+def test_the_scale_table_is_whole_and_keeps_to_the_bounds(scale):
+    rows = table_rows(scale)
+    assert [row["`starflow2 plan`"].strip("`") for row in rows] == [
+        " ".join(command) for command in scale.commands()
+    ]
+    for row in rows:
+        check_row(row)
+
+
+@pytest.mark.parametrize(
+    "column, value",
+    [
+        ("memory GB", "17.3 / 17.2"),
+        ("compiled / model FLOPs", "does not fit"),
+        ("compiled / model FLOPs", "1.101 (0.052 in kernels)"),
+        ("MFU at most", "0.84"),
+        ("the same, interconnect apart", "0.54"),
+    ],
+)
+def test_a_row_that_breaks_a_bound_is_seen(scale, column, value):
+    row = table_rows(scale)[0]
+    assert (row["program"], row["topology"]) == ("joint", "v5e:16x16")
+    with pytest.raises(AssertionError):
+        check_row(row | {column: value})
+
+
+def test_the_scale_table_is_not_cut_short(scale, tmp_path, monkeypatch, capsys):
+    table = tmp_path / "scale.md"
+    table.write_text(scale.TABLE.read_text())
+    monkeypatch.setattr(scale, "TABLE", table)
+    monkeypatch.setattr(scale, "line", lambda arguments, plan: f"| {arguments} |")
+    rows = [{"name": " ".join(command), "plan": {}} for command in scale.commands()]
+    before = table.read_text()
+    for some in ([], rows[:1], rows[1:]):
+        scale.write_table(some)
+        assert table.read_text() == before and "stays as it is" in capsys.readouterr().out
+    scale.write_table(rows)
+    found = table.read_text()
+    assert found != before and all(f"| {row['name']} |\n" in found for row in rows)
+    assert found.split(scale.BEGIN)[0] == before.split(scale.BEGIN)[0]
+    assert found.split(scale.END)[1] == before.split(scale.END)[1]

@@ -252,6 +252,25 @@ def test_iterator_of_other_process_counts(tmp_path):
         assert fresh.at == 2
         with pytest.raises(UserError, match="saved without one"):
             checkpoints.restore(3, state, iter(data))
+        (tmp_path / "2" / "data" / "process_1-of-2.json").unlink()
+        with pytest.raises(UserError, match="damaged or missing.*1 of 2 positions"):
+            checkpoints.restore(2, state, ElasticIterator())
+
+
+def test_an_iterator_on_another_mesh(tmp_path, monkeypatch):
+    # As many processes as before, but each of them holds other rows now.
+    state, saved = {"a": jnp.zeros(1)}, ElasticIterator()
+    next(saved)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, saved)
+        checkpoints.wait()
+        folder = tmp_path / "1" / "data"
+        (folder / "process_0-of-1.json").rename(folder / "process_0-of-2.json")
+        (folder / "process_1-of-2.json").write_text('{"at": 10}')
+        monkeypatch.setattr("starflow2_jax.training.checkpoint.jax.process_count", lambda: 2)
+        fresh = ElasticIterator()
+        checkpoints._restore_iterator(1, fresh)
+        assert fresh.at == 11
 
 
 def contents(folder):

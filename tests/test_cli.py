@@ -1,6 +1,7 @@
 import argparse
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import textwrap
@@ -210,6 +211,55 @@ def test_workdir_belongs_to_one_config(config_file, tmp_path):
     assert "differing keys: config.seed (0 there, 3 now); use another workdir" in str(error.value)
     assert json.loads((workdir / "config.json").read_text()) == record
     assert [p.name for p in workdir.iterdir()] == ["config.json"]
+
+
+SEVEN = pathlib.Path(__file__).parent.parent / "configs" / "starflow2_7b.py"
+
+
+def seven(*overrides):
+    return load_config(SEVEN, [tuple(word.split("=")) for word in overrides])[0]
+
+
+def test_a_run_moves_to_another_topology(tmp_path):
+    workdir = provenance.claim_workdir(tmp_path, seven("topology=v5p:4x4x4"))
+    for overrides in (
+        ["topology=v6e:16x16", "remat=full", "stages.joint.optimizer.accumulate=8"],
+        ["topology=v5e:16x16", "slices=2"],
+        ["mesh.tensor=2"],
+    ):
+        assert provenance.claim_workdir(workdir, seven(*overrides)) == workdir
+    for key in ("stages.joint.optimizer.steps", "stages.joint.batch.rows", "flow.deep_layers"):
+        with pytest.raises(UserError, match=f"differing keys: config.{key}"):
+            provenance.claim_workdir(workdir, seven(f"{key}=32"))
+
+
+@pytest.mark.parametrize("name", ["starflow2_7b.py", "starflow2_3b.py"])
+def test_a_misspelt_topology(name, capsys):
+    path = SEVEN.with_name(name)
+    with pytest.raises(UserError, match=r"no settings for v5p:4x4x5, only for .*:\d+x\d+"):
+        load_config(path, [("topology", "v5p:4x4x5")])
+    with pytest.raises(UserError, match=r"no settings for 4xv5e:16x16"):
+        load_config(path, [("topology", "v5e:16x16"), ("slices", "4")])
+    # What is to be planned need not be known.
+    config, _ = load_config(path, [], [("topology", "v5p:8x8x8")])
+    assert config.mesh.fsdp == -1 and "no settings for v5p:8x8x8" in capsys.readouterr().err
+
+
+def test_folders_that_were_made_for_nothing_go(config_file, tmp_path):
+    for place, left in (("runs/a", []), ("there/b", ["there"])):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        made = provenance.missing_folders(tmp_path / place)
+        workdir = provenance.claim_workdir(tmp_path / place, load(config_file))
+        provenance.release_workdir(workdir, made)
+        assert [p.name for p in tmp_path.iterdir() if p.is_dir() and p.name in place] == left
+        assert not (tmp_path / place).exists()
+    workdir = provenance.claim_workdir(tmp_path / "there", load(config_file))
+    provenance.release_workdir(workdir, provenance.missing_folders(workdir))
+    assert workdir.is_dir() and not list(workdir.iterdir())
+    workdir = provenance.claim_workdir(tmp_path / "run", load(config_file))
+    (workdir / "metrics.jsonl").touch()
+    provenance.release_workdir(workdir, [workdir])
+    assert (workdir / "config.json").is_file()
 
 
 def test_workdir_of_another_version_or_kind(config_file, tmp_path):

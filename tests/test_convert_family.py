@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import ml_dtypes
@@ -14,13 +15,14 @@ from golden_files import recognise
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from starflow2_jax import flow_bundle
+from starflow2_jax import Sampling, Turn, flow_bundle, load
+from starflow2_jax.bundle import save_bundle
 from starflow2_jax.cli.main import main
-from starflow2_jax.convert import release, stored, table
+from starflow2_jax.convert import release, starflow2_folder, stored, table
 from starflow2_jax.convert import starflow as convert
 from starflow2_jax.errors import UserError
 from starflow2_jax.models import starflow
-from starflow2_jax.training.checkpoint import load_tree, save_tree
+from starflow2_jax.training.checkpoint import checksum, load_tree, save_tree
 from starflow2_jax.training.piecewise import Pieces, chunk_shape, open_array
 
 
@@ -316,3 +318,126 @@ def test_starflow_sizes(make, width, depth):
     layer = 12 * width * width + 13 * width
     block = 4 + 5 * width + (width + 1) * 8 + width
     assert count(make()) == depth * layer + 6 * block + 1002 * width
+
+
+# STARFlow2 itself
+
+
+def files_of(folder):
+    """Every file but the weights' (in which Orbax writes times), by its place."""
+    found = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+    return {name: p.read_bytes() for name, p in found.items() if "weights/" not in name}
+
+
+def weights_of(folder):
+    found = sorted(p.relative_to(folder) for p in folder.rglob("weights"))
+    return {str(name): load_tree(folder / name)[0] for name in found}
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A tiny model's directory, whose VLM is in bfloat16."""
+    folder = tmp_path_factory.mktemp("own") / "model"
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 1), dtype=np.uint8)
+    whole = tiny.bundle(images, trained_with=5)
+    state = nnx.to_pure_dict(nnx.state(whole.model.vlm))
+    nnx.update(whole.model.vlm, jax.tree.map(lambda a: a.astype(ml_dtypes.bfloat16), state))
+    save_bundle(folder, whole)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def own_tensors(own):
+    """The same as safetensors."""
+    folder = own.parent / "tensors"
+    assert main(["convert", "starflow2", str(own), "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.usefixtures("pieces")
+def test_starflow2_there_and_back_is_bit_exact(tmp_path, own, own_tensors):
+    back = tmp_path / "back"
+    assert main(["convert", "starflow2", str(own_tensors), "--out", str(back)]) == 0
+    assert files_of(back) == files_of(own)
+    ours, theirs = weights_of(back), weights_of(own)
+    assert checksum(ours) == checksum(theirs)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(ours)} == {"float32", "bfloat16", "int32"}
+    # Outside this package, too: the VLM under its published names, in torch's layout.
+    record = json.loads((own_tensors / "config.json").read_text())
+    assert record["checksums"] == {"weights": checksum(theirs["weights"])}
+    tensors = read_back(own_tensors / "model.safetensors")
+    head = tensors["vlm.model.embed_tokens.weight"]
+    np.testing.assert_array_equal(head, theirs["weights"]["model"]["vlm"]["embedding"])
+    kernel = theirs["weights"]["model"]["adapter"]["up"]["kernel"]
+    np.testing.assert_array_equal(tensors["adapter.0.weight"].T, kernel)
+    prompts = [[Turn("user", ("three",))]]
+    sampling = Sampling(temperature=1.0, max_new_tokens=4, seed=1)
+    first, second = (load(folder).generate(prompts, sampling)[0] for folder in (own, back))
+    assert first.text == second.text and len(first.images) == len(second.images)
+    for a, b in zip(first.images, second.images, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_starflow2_has_a_card(own, own_tensors):
+    card = (own_tensors / "README.md").read_text()
+    leaves = jax.tree.leaves(weights_of(own))
+    assert f"| all | | {sum(a.size for a in leaves):,} | |" in card
+    assert "license: other  # to be filled in" in card and '"trained_with": 5' in card
+    assert "| image | 4 x 4 x 1 |" in card and "| flow.width | 32 |" in card
+
+
+def test_starflow2_in_several_files(tmp_path, own):
+    starflow2_folder.export_folder(own, tmp_path / "tensors", most_bytes=20_000)
+    index = json.loads((tmp_path / "tensors" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    starflow2_folder.import_folder(tmp_path / "tensors", tmp_path / "back")
+    assert checksum(weights_of(tmp_path / "back")) == checksum(weights_of(own))
+
+
+def changed_config(folder, **changes):
+    record = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(record | changes))
+
+
+def other_bytes(folder):
+    tensors = read_back(folder / "model.safetensors")
+    tensors["adapter.0.weight"] = -tensors["adapter.0.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def without_a_tensor(folder):
+    tensors = read_back(folder / "model.safetensors")
+    tensors["adapter.0.wait"] = tensors.pop("adapter.0.weight")
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "harm, messages",
+    [
+        (other_bytes, ["the tensors of weights have the checksum"]),
+        (without_a_tensor, ["missing: adapter.0.weight", "unknown: adapter.0.wait"]),
+        (lambda f: shutil.rmtree(f / "tokenizer"), ["has no tokenizer"]),
+        (lambda f: (f / "config.json").unlink(), ["neither model.json", "nor config.json"]),
+        (lambda f: (f / "config.json").write_text("{"), ["cannot read", "config.json"]),
+        (lambda f: changed_config(f, model_type="llama"), ["model_type llama"]),
+        (lambda f: changed_config(f, format_version=9), ["format version 9"]),
+        (lambda f: changed_config(f, files={}), ["is not the description of a STARFlow2"]),
+        (lambda f: (f / "model.safetensors").unlink(), ["holds no safetensors"]),
+    ],
+)
+def test_starflow2_bad_input(tmp_path, capsys, own_tensors, harm, messages):
+    source = tmp_path / "tensors"
+    shutil.copytree(own_tensors, source)
+    harm(source)
+    assert main(["convert", "starflow2", str(source), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and all(message in said for message in messages), said
+    assert [p.name for p in tmp_path.iterdir()] == ["tensors"]
+
+
+def test_starflow2_of_another_model(tmp_path, capsys, source):
+    tensors, config, _ = source
+    flow_bundle.save_image_flow(tmp_path / "model", convert.from_tensors(config, tensors))
+    command = ["convert", "starflow2", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "is not the directory of a STARFlow2 model" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from test_fae import VIT, config
 
 from starflow2_jax import fae_bundle
 from starflow2_jax.bundle import Bundle, load_bundle, save_bundle
+from starflow2_jax.convert import starflow2_folder
 from starflow2_jax.data.sequences import ImageShape, Turn, encode_turns
 from starflow2_jax.data.tokenizer import train_tokenizer
 from starflow2_jax.errors import UserError
@@ -29,7 +30,7 @@ from starflow2_jax.models.fae_codec import FAECodec
 from starflow2_jax.models.latents import LatentCodec
 from starflow2_jax.models.patches import noisy_latents
 from starflow2_jax.models.pretzel import PretzelConfig
-from starflow2_jax.training.checkpoint import checksum
+from starflow2_jax.training.checkpoint import checksum, load_tree
 
 SIZE = 20  # 4 tokens of 5 pixels
 
@@ -275,6 +276,18 @@ def test_latents_have_a_rate_and_no_bound_on_pixels(captions):
     drawn = summary["assistant_images"]
     assert drawn["rate_nats"] == np.mean([row["images"][0]["rate_nats"] for row in rows])
     assert not [name for name in (*summary, *drawn) if name.endswith("_bound")]
+
+
+def test_a_model_with_an_fae_as_safetensors_and_back(tmp_path):
+    model, tensors, back = (tmp_path / name for name in ("model", "tensors", "back"))
+    save_bundle(model, bundle(dataclasses.replace(SHAPE, moments=8)))
+    starflow2_folder.export_folder(model, tensors)
+    starflow2_folder.import_folder(tensors, back)
+    for name in ("weights", "fae/weights", "fae/vit/weights"):
+        ours, theirs = (load_tree(folder / name)[0] for folder in (back, model))
+        assert checksum(ours) == checksum(theirs)
+    for name in ("model.json", "fae/model.json", "fae/statistics.json", "fae/vit/model.json"):
+        assert (back / name).read_bytes() == (model / name).read_bytes()
 
 
 def test_documents_of_cached_latents():

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import pathlib
 import shutil
 import types
 
@@ -15,12 +17,14 @@ import tiny
 from flax import nnx
 from test_fae import VIT, config
 
+from starflow2_jax.cli.config import load_config
 from starflow2_jax.convert.lpips import entries, load_lpips
 from starflow2_jax.convert.table import by_path, to_tensors
 from starflow2_jax.data.images import open_folder, write_folder
 from starflow2_jax.errors import UserError
+from starflow2_jax.evaluation import emoji_fae
 from starflow2_jax.evaluation.reconstruction import measure_reconstruction
-from starflow2_jax.fae_bundle import load_fae, read_fae
+from starflow2_jax.fae_bundle import load_fae, read_fae, save_fae
 from starflow2_jax.models.dinov2 import DinoV2
 from starflow2_jax.models.discriminator import Discriminator, DiscriminatorConfig
 from starflow2_jax.models.fae import FeatureFAE, Moments
@@ -38,6 +42,7 @@ from starflow2_jax.training.fae_losses import (
 from starflow2_jax.training.fae_step import adversarial
 from starflow2_jax.training.step import StepConfig
 
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 SIZE = 20
 CRITIC = DiscriminatorConfig(width=8, multipliers=(1, 2), side=3, groups=4)
 
@@ -390,6 +395,33 @@ def test_a_run_that_goes_on_with_another_stage(tmp_path, capsys):
     assert measured["numbers_per_pixel_value"] == 16 * 4 / (SIZE * SIZE * 3)
     ratio = np.sqrt(variance.mean((0, 1))) / mean.std((0, 1))
     tiny.close(measured["deviation_ratio"], ratio.mean(), 1e-4)
+
+
+def test_the_report_has_rfid_where_there_are_weights(tmp_path, monkeypatch, capsys):
+    settings, module = load_config(CONFIGS / "fae_dinov2.py", [("smoke", "True")])
+    model = FeatureFAE(module._model(settings, 32), module._vit(settings).config, rngs=nnx.Rngs(0))
+    for statistics in (model.fae.features, model.fae.latents):
+        statistics.std[...] = jnp.ones_like(statistics.std[...])
+    save_fae(tmp_path / "model", model)
+    monkeypatch.setattr(module, "plot_losses", lambda *_: None)
+    module.report(settings, tmp_path)
+    assert "rfid" not in json.loads((tmp_path / "report.json").read_text())
+    assert "No rFID: config.inception names no file" in capsys.readouterr().out
+    settings.inception = str(tmp_path / "weights.pth")
+    for start in (module.report, module.make_task):
+        with pytest.raises(UserError, match="there is no file .*weights.pth"):
+            start(settings, tmp_path)
+    # The network itself is tested elsewhere: here the features are three means.
+    features = lambda network, images: images.mean((1, 2)) * network
+    monkeypatch.setattr(emoji_fae, "load_inception", lambda path: 2.0)
+    monkeypatch.setattr(emoji_fae, "inception_features", features)
+    module.report(settings, tmp_path)
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["rfid"] > 1 and "rfid: " in capsys.readouterr().out
+    same = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), np.uint8)
+    distance = emoji_fae.inception_distance("weights.pth")
+    assert distance(same, same) == pytest.approx(0, abs=1e-6)
+    assert distance(same, same // 2) > 1
 
 
 def test_a_vit_of_another_width(tmp_path):

@@ -1,11 +1,14 @@
 """Folders of images: classes, sizes, what cannot be read, and batches that repeat themselves."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from starflow2_jax.data import digits, images
 from starflow2_jax.errors import UserError
+from starflow2_jax.training.checkpoint import Checkpoints
 
 
 def picture(rng, height, width, channels=3):
@@ -128,6 +131,46 @@ def test_batches_repeat_themselves_and_continue(folder):
     fresh = iter(found.training_batches(4, seed=3, augment=images.random_flip))
     fresh.set_state(state)
     np.testing.assert_array_equal(next(fresh)["image_seeds"], ours[1]["image_seeds"])
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2), (2, 2)])
+def test_batches_continue_whoever_has_the_rows(tmp_path, folder, before, after):
+    # The position as of two processes on two meshes: each has a half of the rows, or all of them.
+    found = images.open_folder(folder, 8, 3)
+    options = {"seed": 3, "augment": images.random_flip}
+    whole = batches(found, 6, **options)
+
+    def parts(count):
+        cuts = [slice(4 // count * i, 4 // count * (i + 1)) for i in range(count)]
+        # Of as many processes: where there are fewer parts, each part is read twice.
+        return [iter(found.training_batches(4, part=p, **options)) for p in cuts * (2 // count)]
+
+    saved, resumed = parts(before), parts(after)
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        for stream in saved:
+            for _ in range(4):
+                next(stream)
+        checkpoints.save(4, {"a": np.zeros(1)}, saved[0])
+        checkpoints.wait()
+        data = tmp_path / "run" / "4" / "data"
+        (data / "process_0-of-1.json").unlink()
+        for index, stream in enumerate(saved):
+            (data / f"process_{index}-of-2.json").write_text(json.dumps(stream.get_state()))
+        for stream in resumed:
+            checkpoints.restore(4, {"a": np.zeros(1)}, stream)
+    for expected in whole[4:]:
+        seeds = [next(stream)["image_seeds"] for stream in resumed][:after]
+        np.testing.assert_array_equal(np.concatenate(seeds), expected["image_seeds"])
+
+
+def test_positions_of_other_batches(folder):
+    stream = iter(images.open_folder(folder, 8, 3).training_batches(4, seed=0))
+    for state, message in (
+        ({"rows": 8, "batches": 2}, "batches of 8 rows, but now they have 4"),
+        ({"next_index": 8}, "older version"),
+    ):
+        with pytest.raises(UserError, match=message):
+            stream.set_state(state)
 
 
 def test_training_leaves_out_what_it_cannot_read(folder, capfd):

@@ -1,5 +1,6 @@
 """Cached latents: what they hold, resuming, refusing, and bad images; through the command."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from PIL import Image
 from starflow2_jax import fae_cache
 from starflow2_jax.cli.main import main
 from starflow2_jax.data import latents
-from starflow2_jax.data.decoding import decode
+from starflow2_jax.data.decoding import decode, decode_still
 from starflow2_jax.data.latents import CacheShape, LatentSource
 from starflow2_jax.data.mixture import Entry, MixtureData
 from starflow2_jax.data.sequences import ImageShape
@@ -152,8 +153,13 @@ def test_another_cache_is_refused(faes, pictures, tmp_path):
         fae_cache.cache_latents(faes / "1", FolderSource(pictures), out, shard=8, batch=4)
     with pytest.raises(UserError, match="of another FAE"):
         LatentSource(out, read_fae(faes / "1")[1]["checksum"])
-    with pytest.raises(UserError, match="shard"):
-        cache(faes, pictures, out, shard=16)
+    for differing, options in (
+        (r"shard \(8 there, 16 now\)", {"shard": 16}),
+        (r"dtype \(float32 there, bfloat16 now\)", {"dtype": "bfloat16"}),
+        (r"image \(image there, file now\)", {"image": "file"}),
+    ):
+        with pytest.raises(UserError, match=f"differing: {differing};"):
+            cache(faes, pictures, out, **options)
     (pictures / "022.png").write_bytes((pictures / "021.png").read_bytes())
     with pytest.raises(UserError, match="records"):
         cache(faes, pictures, out)
@@ -194,6 +200,93 @@ def test_bad_images_are_named(faes, pictures, tmp_path, capsys, damage, words):
     assert main(command) == 2
     error = capsys.readouterr().err
     assert "010.png" in error and words in error and error.count("\n") == 1
+
+
+def test_broken_records_are_left_out_and_named(faes, pictures, tmp_path, capsys, monkeypatch):
+    for name in ("001.png", "010.png", "012.png"):
+        cut_off(pictures / name)
+    with pytest.raises(UserError, match=r"012.png cannot be read.* after 2 that were left out"):
+        cache(faes, pictures, tmp_path / "cut", skip_broken=2)
+    named = latents.read_skipped(tmp_path / "cut")
+    assert list(named) == ["latents-00000-of-00003.array_record"]
+    # It goes on, and ends with what comes out in one go.
+    command = ["data", "latents", "--fae", str(faes / "0"), "--data", str(pictures), "--keep"]
+    command += ["file", "--shard", "8", "--batch", "4", "--skip-broken", "3", "--out"]
+    for out in ("cut", "whole"):
+        assert main([*command, str(tmp_path / out)]) == 0
+        said = capsys.readouterr().out
+        assert f"{COUNT - 3} images" in said and "3 records were left out" in said
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    skipped = latents.read_skipped(tmp_path / "whole")
+    assert [len(names) for names in skipped.values()] == [1, 2]
+    assert "001.png cannot be read" in next(iter(skipped.values()))[0]
+    source = LatentSource(tmp_path / "whole", read_fae(faes / "0")[1]["checksum"])
+    left = [f"{i:03d}.png" for i in range(COUNT) if i not in (1, 10, 12)]
+    assert [source[i].text("file") for i in range(len(source))] == left
+
+
+def test_a_picture_of_a_phone(faes, pictures, tmp_path):
+    # A JPEG with a second picture behind it, as phones write them: the first one counts.
+    first, second = (Image.new("RGB", (SIZE, SIZE), colour) for colour in ("red", "blue"))
+    (pictures / "010.png").unlink()
+    first.save(pictures / "010.jpg", "MPO", save_all=True, append_images=[second])
+    assert Image.open(pictures / "010.jpg").n_frames == 2
+    assert cache(faes, pictures, tmp_path / "cache").images == COUNT
+    shape = ImageShape(SIZE, SIZE, 3, SIDE)
+    pixels = decode_still((pictures / "010.jpg").read_bytes(), shape)
+    assert np.abs(pixels - np.array([255.0, 0, 0])).max() < 4
+
+
+def test_a_manifest_that_names_no_dtype(faes, pictures, tmp_path):
+    cache(faes, pictures, tmp_path / "cache")
+    path = tmp_path / "cache" / "manifest.json"
+    record = json.loads(path.read_text())
+    del record["cache"]["dtype"], record["cache"]["image"]
+    path.write_text(json.dumps(record))
+    assert len(LatentSource(tmp_path / "cache", read_fae(faes / "0")[1]["checksum"])) == COUNT
+    assert cache(faes, pictures, tmp_path / "cache").images == 0
+
+
+def write_llava(folder, pictures, images):
+    """A JSONL file of these values of `image`, with blank lines; "": a line without one."""
+    lines = []
+    for image in images:
+        shown = {"image": image} if image else {}
+        lines.append(json.dumps({**shown, "conversations": [{"from": "human", "value": "?"}]}))
+    path = folder / "llava.jsonl"
+    path.write_text("\n\n" + "\n \n".join(lines) + "\n\n")
+    for file in pictures.iterdir():
+        file.rename(folder / file.name)
+    return path
+
+
+def test_lines_of_llava(faes, pictures, tmp_path, capsys):
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    data = write_llava(folder, pictures, ["000.png", ["001.png"], "", ["002.png", "003.png"]])
+    command = ["data", "latents", "--fae", str(faes / "0"), "--data", str(data)]
+    command += ["--keep", "conversations", "--shard", "4", "--batch", "4"]
+    command += ["--index", str(tmp_path / "index"), "--out", str(tmp_path / "cache")]
+    for most, words in (
+        ("0", "llava.jsonl line 7 cannot be read: no field 'image'"),
+        ("1", "line 9 cannot be read: field 'image' holds no image but a list of 2"),
+    ):
+        assert main([*command, "--skip-broken", most]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, error
+    assert main([*command, "--skip-broken", "2"]) == 0
+    assert "2 images, 2 of them now" in capsys.readouterr().out
+    # Beside the data nothing is written.
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert (tmp_path / "index").is_dir()
+
+
+@pytest.mark.parametrize("option", ["--threads", "--shard", "--batch"])
+def test_numbers_are_positive(option, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", "latents", "--fae", "f", "--data", "d", "--out", "o", option, "0"])
+    assert stopped.value.code == 2
+    assert f"argument {option}: '0' is no positive number" in capsys.readouterr().err
 
 
 def test_the_command_says_what_is_missing(faes, pictures, tmp_path, capsys):

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from source_files import make_webdataset
 
 from starflow2_jax.parallel import distributed
-from starflow2_jax.training.checkpoint import checksum, load_tree
+from starflow2_jax.training.checkpoint import load_tree
 from starflow2_jax.training.metrics import read_metrics
+from starflow2_jax.training.tree_files import flatten
 
 HERE = pathlib.Path(__file__).parent
 LAUNCH = HERE.parent / "launch"
@@ -37,13 +39,13 @@ def in_shell(line, **variables):
     return done.stdout
 
 
-def shown(folder, name):
+def shown(folder, name, *more):
     """A program that shows its words, one a line, and some variables."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        '#!/bin/sh\nprintf "%s\\n" "$@"\necho "$STARFLOW2_DISTRIBUTED:$JAX_LOCAL_DEVICE_IDS"\n'
-    )
+    names = ["STARFLOW2_DISTRIBUTED", "JAX_LOCAL_DEVICE_IDS", *more]
+    variables = ":".join(f"${name}" for name in names)
+    path.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@"\necho "{variables}"\n')
     path.chmod(0o755)
     return path
 
@@ -89,7 +91,7 @@ def test_xpk(tmp_path):
     [(1, 8, 5, "5"), (4, 2, 1, "4,5,6,7"), (8, 1, 0, "0,1,2,3,4,5,6,7")],
 )
 def test_slurm(tmp_path, each, processes, task, ids):
-    shown(tmp_path, "starflow2")
+    shown(tmp_path, "starflow2", "JAX_PLATFORMS")
     options = ["--bin", str(tmp_path), "--gpus-per-process", str(each), "--dry-run"]
     line = dry_run("slurm.sbatch", *options, "--", *COMMAND)
     start = line.index("bash -c")
@@ -97,7 +99,7 @@ def test_slurm(tmp_path, each, processes, task, ids):
     assert words[:2] == ["srun", f"--ntasks-per-node={processes}"]
     assert "--gpus-per-node=8" in words and "--kill-on-bad-exit=1" in words
     out = in_shell(line[start:], SLURM_LOCALID=str(task))
-    assert out.splitlines() == [*COMMAND, f"1:{ids}"]
+    assert out.splitlines() == [*COMMAND, f"1:{ids}:cuda"]  # the tests themselves run on "cpu"
 
 
 def test_local():
@@ -166,7 +168,19 @@ def test_two_processes_train_as_one(tmp_path, shards):
         assert len(losses) == 4
         runs[processes] = losses, load_tree(folder / "model" / "weights")[0], done
     assert max(abs(a - b) for a, b in zip(runs[1][0], runs[2][0], strict=True)) < 1e-4
-    assert set(runs[2][1]) == set(runs[1][1]) and checksum(runs[2][1])
+    ours, theirs = (flatten(runs[n][1]) for n in (2, 1))
+    assert ours.keys() == theirs.keys() and len(ours) > 20
+    apart = count = 0
+    for path in ours:
+        distance = np.abs(np.asarray(ours[path], np.float64) - theirs[path])
+        if path[:2] == ("model", "vlm") or path[0] == "codec":
+            assert distance.max() < 1e-6, path  # nothing trains them
+            continue
+        # Sums over two devices have other last bits. Where a gradient is nothing else (that of a
+        # key's bias is zero), Adam makes whole steps of them: 4 of 1e-3, in either direction.
+        assert distance.max() < 8e-3, path
+        apart, count = apart + (distance > 1e-5).sum(), count + distance.size
+    assert count > 10_000 and apart < 0.02 * count
     data = tmp_path / "2" / "joint" / "checkpoints" / "2" / "data"
     assert {p.name for p in data.glob("process*")} == {
         "process_0-of-2.json",

@@ -9,13 +9,15 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
 from starflow2_jax.cli.main import main
 from starflow2_jax.errors import UserError
-from starflow2_jax.planning import compiler, hlo, report, roofline, topology
-from starflow2_jax.planning.cost import Cost, KernelCall, cost, groups
+from starflow2_jax.planning import compiler, hlo, report, roofline, search, topology
+from starflow2_jax.planning import plan as planning
+from starflow2_jax.planning.cost import Collective, Cost, KernelCall, cost, groups
 
 ROOT = pathlib.Path(__file__).parents[1]
 HLO = ROOT / "tests" / "hlo"
@@ -240,13 +242,101 @@ def test_roofline():
     inside = cost(text, {"fsdp": 2, "columns": 4})
     times = roofline.roofline(inside, CHIP, 0.0)
     assert times.links == sum(inside.bytes_by_collective().values()) / 10.0
-    # Over two slices of 4, each device sends a quarter of its part of the gather to its peer.
+    # Over two slices of 4, each device sends its own eighth to its peer, and the rest stays inside.
     across = cost(text, {"fsdp": 2, "columns": 4}, [0, 0, 0, 0, 1, 1, 1, 1])
     times = roofline.roofline(across, CHIP, 0.0)
-    gather = 64 * 64 * 2 * 7 / 8
-    assert times.network == gather / 4 / 1.0
-    assert times.links == (gather * 3 / 4 + 64 * 64 * 4 * 3 / 4) / 10.0
+    whole = 64 * 64 * 2
+    assert times.network == pytest.approx(whole / 8 / 1.0)
+    assert times.links == pytest.approx((whole * 6 / 8 + 64 * 64 * 4 * 3 / 4) / 10.0)
     assert times.seconds_serial == times.memory + times.links + times.network
+
+
+@pytest.mark.parametrize(
+    "kind, group, crosses, sent, outside",
+    [
+        # An array of 1; what leaves a slice, step by step. Gather: 1 of 16 parts to one peer.
+        ("all-gather", 16, 2, 15 / 16, 1 / 16),
+        ("all-gather", 16, 4, 15 / 16, 3 / 16),
+        ("reduce-scatter", 16, 2, 15 / 16, 1 / 16),
+        # Scattered inside to 1/8 each, which 2 devices sum: 2 x 1/2 of it.
+        ("all-reduce", 16, 2, 2 * 15 / 16, 1 / 8),
+        # 16 pieces of 1/16, 8 of them for the other slice.
+        ("all-to-all", 16, 2, 15 / 16, 8 / 16),
+        # One device of each slice: all of it.
+        ("all-reduce", 4, 4, 2 * 3 / 4, 2 * 3 / 4),
+        ("collective-permute", 2, 2, 1.0, 1.0),
+    ],
+)
+def test_what_leaves_a_slice(kind, group, crosses, sent, outside):
+    found = Cost(0.0, [], 0.0, [Collective(kind, ("fsdp",), group, crosses, sent, 1.0)])
+    times = roofline.roofline(found, CHIP, 0.0)
+    assert times.network * CHIP.network_bandwidth == pytest.approx(outside)
+    inside = sent - outside if crosses < group else 0.0
+    assert times.links * CHIP.link_bandwidth == pytest.approx(inside)
+
+
+def searched(monkeypatch, name, answer, stage="joint"):
+    """The settings that a search tries, what it says, and its plans; `answer` plans each."""
+    request = planning.Request("c.py", [], name, 1, stage)
+    config = ml_collections.ConfigDict({"stages": {"joint": {"batch": {"rows": 64}}}})
+    tried, said = [], []
+
+    def plan(one):
+        tried.append(dict(one.overrides))
+        return answer(len(tried))
+
+    monkeypatch.setattr(search, "plan", plan)
+    monkeypatch.setattr(search, "check_installed", lambda topology: None)
+    try:
+        found = search.search(request, config, topology.parse(name), said.append)
+    except UserError as error:
+        found = error
+    return tried, said, found
+
+
+def too_big(number):
+    return report.Plan("joint", "h100:4x8", {}, False, 100.0, 80.0, 1.0)
+
+
+def test_a_search_has_data_over_the_nodes(monkeypatch):
+    tried, _, _ = searched(monkeypatch, "h100:4x8", too_big)
+    assert {one["mesh.data"] for one in tried} == {"4"}
+    assert {"8"} < {one["mesh.fsdp"] for one in tried}
+    tried, _, _ = searched(monkeypatch, "v5e:4x8", too_big)
+    assert {one["mesh.data"] for one in tried} == {"1"}
+
+
+def test_a_search_says_what_is_wrong_with_all(monkeypatch):
+    def wrong(number):
+        raise UserError(f"wrong {number}")
+
+    def one_fails(number):
+        raise RuntimeError("compiler") if number == 2 else UserError("wrong")
+
+    tried, said, found = searched(monkeypatch, "h100:4x8", wrong)
+    assert isinstance(found, UserError) and str(found) == "wrong 1" and len(said) == len(tried)
+    assert searched(monkeypatch, "h100:4x8", one_fails)[2] == []
+
+
+def test_a_search_without_a_compiler_says_so_once(capsys):
+    command = ["plan", "--config", str(ROOT / "configs/starflow2_7b.py"), "--topology", "h100:4x8"]
+    assert main([*command, "--stage", "joint", "--search"]) == 2
+    said = capsys.readouterr()
+    assert "starflow2-jax[gpu-plan]" in said.err and said.err.count("\n") == 1 and not said.out
+
+
+def test_numbers_that_cannot_be_written_are_said_before_compiling(tmp_path, monkeypatch, capsys):
+    def compiles(request):
+        raise AssertionError("this takes an hour")
+
+    monkeypatch.setattr(planning, "plan", compiles)
+    (tmp_path / "file").touch()
+    command = ["plan", "--config", str(ROOT / "configs/starflow2_7b.py"), "--topology", "v5e:16x16"]
+    for place in (tmp_path / "file" / "plan.json", tmp_path):
+        assert main([*command, "--sample", "--json", str(place)]) == 2
+        said = capsys.readouterr().err
+        assert f"cannot write {place}" in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_flops_of_kernels():

@@ -60,7 +60,7 @@ def assert_close(ours, theirs):
     assert max(abs(ours[key] - theirs[key]) for key in ours) < 1e-4
 
 
-def batches(workdir, stage, runs=1):
+def batches(workdir, stage):
     """Each batch's digests of rows; of the last run where several have read."""
     rows = {}
     for path in sorted(workdir.glob(f"rows_{stage}_*.jsonl")):

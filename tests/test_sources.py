@@ -122,6 +122,24 @@ def test_missing_files_and_files_of_another_kind(tmp_path):
         ParquetSource(tmp_path / "*.parquet", columns=["caption"])
 
 
+@pytest.mark.parametrize("cut", [4, 8, 40, 200])
+def test_a_damaged_parquet_footer(tmp_path, cut):
+    make_parquet(tmp_path, 6)
+    path = sorted(tmp_path.glob("*.parquet"))[0]
+    data = bytearray(path.read_bytes())
+    # Behind the footer stand its length and a magic number.
+    data[-cut] ^= 0xFF
+    data[-cut + 1] ^= 0xFF
+    path.write_bytes(data)
+    shutil.rmtree(tmp_path / index.FOLDER, ignore_errors=True)
+    try:
+        source = ParquetSource(tmp_path / "*.parquet")
+    except UserError as error:
+        assert "is not a Parquet file, or damaged" in str(error) and "\n" not in str(error)
+    else:
+        assert cut > 8 and len(source) == 6  # what was hit is a text that nobody reads
+
+
 def readable(source):
     """Which records can be read in full, and why the others cannot."""
     good, bad = [], {}
@@ -179,6 +197,13 @@ def test_a_json_line_that_is_none(tmp_path):
             source[number]
         assert source.name(number) == f"{tmp_path / 'b.jsonl'} line {number - 2}"
     assert source[6].text("txt") == caption(6)
+    # Blank lines are no records, but count as lines.
+    (tmp_path / "b.jsonl").write_text("\n" + "\n  \r\n\n".join(lines) + "\n\n")
+    source = ConversationSource(tmp_path / "*.jsonl")
+    assert len(source) == 9 and source[6].text("txt") == caption(6)
+    assert source.name(4) == f"{tmp_path / 'b.jsonl'} line 5"
+    with pytest.raises(RecordError, match="not JSON"):
+        source[4]
     (tmp_path / "images" / "6.png").unlink()
     with pytest.raises(RecordError, match=r"image .*6\.png: No such file"):
         source[6].image("image")

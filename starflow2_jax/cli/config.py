@@ -175,7 +175,8 @@ def load_config(
     to True, the file's `smoke(config)` is called before the other overrides are applied, to change
     the config in place to tiny sizes on made data; so explicit overrides win over it. An entry
     `topology` that is set calls the file's `for_topology(config)` at the same time: settings that
-    suit those accelerators.
+    suit those accelerators. Where the file has none (a UserError of that function), an offered
+    topology gets a note on stderr.
 
     Args:
         path: of the Python file.
@@ -208,7 +209,12 @@ def load_config(
             _apply(config, key, text)
     if config.get("topology"):
         with config.unlocked():
-            _call(path, module.for_topology, config)
+            try:
+                _call(path, module.for_topology, config)
+            except UserError as error:
+                if not any(key == "topology" for key, _ in offered):
+                    raise
+                print(f"starflow2: note: {error}; as the config stands", file=sys.stderr)
     if config.get("smoke"):
         if not callable(getattr(module, "smoke", None)):
             raise UserError(f"config file {path} has no smoke mode: it defines no smoke(config)")

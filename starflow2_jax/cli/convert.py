@@ -5,6 +5,8 @@ folder that `transformers` loads.
 dinov2: a Hugging Face folder of DINOv2, or a file of the original release, to a model directory.
 starflow, tarflow: a checkpoint of the released image models (.pth, which needs torch, or
 .safetensors) to a model directory; a model directory back to .safetensors.
+starflow2: a STARFlow2 model directory to a folder of safetensors with a model card; such a folder
+back to a model directory.
 """
 
 import argparse
@@ -51,6 +53,18 @@ examples:
 Sizes S, B, L and g, with and without registers. The position table is interpolated to grids of
 other sizes when it is used, as the source does it, or by --interpolation: to a size (transformers),
 to a scale with an offset (original, without registers), to a size with antialias (with registers).
+
+exit codes: 0 done; 2 bad input, with nothing written
+"""
+
+_STARFLOW2_EPILOG = """\
+examples:
+  starflow2 convert starflow2 RUN --out FOLDER         # a model directory or a finished run
+  starflow2 convert starflow2 FOLDER --out DIR         # back: the same model directory, bit for bit
+
+The folder has safetensors (with an index where they are several), config.json, the tokenizer, and
+README.md: a model card, in which the licence is left to you. config.json records checksums of the
+weights; the way back verifies them. A few tensors at a time are in memory.
 
 exit codes: 0 done; 2 bad input, with nothing written
 """
@@ -118,8 +132,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     qwen.add_argument(
         "--mesh",
         metavar="AXIS=N,...",
-        help="store arrays in the pieces that this mesh's devices load (data, fsdp, tensor, "
-        "sequence); any other mesh can load them too",
+        help="store arrays in the pieces that this mesh's devices load (data, fsdp, columns, "
+        "tensor, sequence); any other mesh can load them too",
     )
     qwen.set_defaults(convert=_convert_qwen)
     dino = kinds.add_parser(
@@ -137,13 +151,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="of the position table; default: the source's own",
     )
     dino.set_defaults(convert=_convert_dinov2)
+    own = kinds.add_parser(
+        "starflow2",
+        help="a STARFlow2 model directory to safetensors, and back",
+        epilog=_STARFLOW2_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    own.add_argument("folder", metavar="FOLDER", help="model directory, or folder of safetensors")
+    own.add_argument("--out", metavar="DIR", required=True, help="folder to make")
+    own.set_defaults(convert=_convert_starflow2)
 
 
 def run(args: argparse.Namespace) -> None:
     """Converts; prints what was passed over.
 
     Raises:
-        UserError: see `convert.release`, `convert.qwen2_5_vl`, `convert.dinov2`.
+        UserError: see `convert.release`, `convert.qwen2_5_vl`, `convert.dinov2`,
+            `convert.starflow2_folder`.
     """
     args.convert(args)
 
@@ -173,6 +198,18 @@ def _convert_dinov2(args: argparse.Namespace) -> None:
     if ignored:
         print(f"passed over, not used by the model: {', '.join(ignored)}")
     print(f"wrote {out}")
+
+
+def _convert_starflow2(args: argparse.Namespace) -> None:
+    from starflow2_jax.convert import starflow2_folder
+
+    folder, out = pathlib.Path(args.folder), pathlib.Path(args.out)
+    if starflow2_folder.is_model(folder):
+        starflow2_folder.export_folder(folder, out)
+        print(f"wrote {out}; its {starflow2_folder.CARD_FILE} leaves the licence to you")
+    else:
+        starflow2_folder.import_folder(folder, out)
+        print(f"wrote {out}")
 
 
 def _convert_release(args: argparse.Namespace) -> None:

@@ -6,6 +6,8 @@ latents: images to cached latents of an FAE, which training then reads in place 
 
 import argparse
 
+from starflow2_jax.cli.arguments import positive
+
 SUMMARY = "prepare data: emoji, cached latents"
 
 _EMOJI_EPILOG = """\
@@ -31,7 +33,7 @@ examples:
 result:
   DIR/latents-*.array_record  tf.train.Example with moments (bfloat16, tokens x 2 channels: means,
                               then log-variances) and the fields that are kept
-  DIR/manifest.json           checksum of the FAE, shapes, and whether all is there
+  DIR/manifest.json           checksum of the FAE, shapes, whether all is there, what was left out
 
 The same command goes on with what an interrupted one left, and ends with the same bytes. A folder
 that holds latents of another FAE or of other images is refused.
@@ -72,12 +74,31 @@ def configure(parser: argparse.ArgumentParser) -> None:
     latents.add_argument(
         "--keep", metavar="FIELD", nargs="+", default=[], help="fields to keep with the latents"
     )
-    latents.add_argument("--shard", metavar="N", type=int, default=8192, help="images of a file")
-    latents.add_argument("--batch", metavar="B", type=int, default=64, help="encoded at a time")
+    latents.add_argument(
+        "--index",
+        metavar="DIR",
+        help="folder for the index of tar, Parquet and JSONL files, where theirs is read-only",
+    )
+    latents.add_argument(
+        "--shard", metavar="N", type=positive, default=8192, help="images of a file"
+    )
+    latents.add_argument(
+        "--batch", metavar="B", type=positive, default=64, help="encoded at a time"
+    )
     latents.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the encoder"
     )
-    latents.add_argument("--threads", metavar="N", type=int, default=4, help="that read images")
+    latents.add_argument(
+        "--threads", metavar="N", type=positive, default=4, help="that read images"
+    )
+    latents.add_argument(
+        "--skip-broken",
+        metavar="N",
+        type=int,
+        default=0,
+        help="leave out up to N records without an image that can be read (0: the first one ends "
+        "the job); manifest.json names them",
+    )
     latents.set_defaults(prepare=_latents)
 
 
@@ -101,7 +122,7 @@ def _emoji(args: argparse.Namespace) -> None:
 def _latents(args: argparse.Namespace) -> None:
     from starflow2_jax.fae_cache import cache_latents, open_images
 
-    source = open_images(args.data)
+    source = open_images(args.data, args.index)
     rates = cache_latents(
         args.fae,
         source,
@@ -112,8 +133,11 @@ def _latents(args: argparse.Namespace) -> None:
         batch=args.batch,
         dtype=args.dtype,
         threads=args.threads,
+        skip_broken=args.skip_broken,
     )
-    print(f"{args.out}: {len(source)} images, {rates.images} of them now")
+    print(f"{args.out}: {len(source) - rates.skipped} images, {rates.images} of them now")
+    if rates.skipped:
+        print(f"{rates.skipped} records were left out; {args.out}/manifest.json names them")
     if rates.images:
         print(
             f"{rates.images / rates.seconds:.1f} images/s, {100 * rates.share:.0f}% of the "

@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> None:
         os._exit(0)  # the compiler may still be at work
     if args.stage is not None and args.stage not in config.stages:
         raise UserError(f"no stage {args.stage}; the config has {', '.join(config.stages)}")
+    if args.json is not None:
+        report.check_place(args.json)  # compiling takes long
     stages = [None] if args.sample else [args.stage] if args.stage else list(config.stages)
     plans = []
     fits = True

@@ -9,7 +9,7 @@ import argparse
 
 from starflow2_jax.cli.config import load_config
 from starflow2_jax.errors import UserError
-from starflow2_jax.provenance import claim_workdir, release_workdir
+from starflow2_jax.provenance import claim_workdir, missing_folders, release_workdir
 
 SUMMARY = "train a model, or continue a run"
 
@@ -74,12 +74,13 @@ def run(args: argparse.Namespace) -> None:
 
     claim_devices(config.get("cpu_devices"))
     join_job()
+    missing = missing_folders(args.workdir)
     workdir = claim_workdir(args.workdir, config)
     try:
         with skipped_log(workdir / f"skipped_records_{jax.process_index()}.log"):
             loop.run(config, module, workdir, device_peak_flops(jax.devices()[0].device_kind))
     except UserError:
-        release_workdir(workdir)  # the config that is mended may be given the same one
+        release_workdir(workdir, missing)  # the config that is mended may be given the same one
         raise
     report = getattr(module, "report", None)
     if report is None:

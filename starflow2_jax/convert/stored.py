@@ -8,7 +8,7 @@ import contextlib
 import math
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,13 +51,25 @@ def complete_or_nothing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def problems_of(entries: Sequence[Entry], shapes: Shapes, source: TensorFile) -> list[str]:
-    """All in which the source does not make up a model of these shapes; see `table.misfits`."""
+def problems_of(
+    entries: Sequence[Entry],
+    shapes: Shapes,
+    source: TensorFile,
+    integers: Collection[str] = (),
+) -> list[str]:
+    """All in which the source does not make up a model of these shapes; see `table.misfits`.
+
+    Tensors are of floats, save for those named in `integers`: these are int32.
+    """
     problems = misfits(entries, shapes, source.shapes)
     for entry in entries:
         names = [name for group in entry.names for name in group if name in source.dtypes]
         types = {source.dtypes[name] for name in names}
-        problems += [f"not of floats: {n}" for n in names if source.dtypes[n] not in _FLOATS]
+        problems += [
+            f"not of {'int32' if name in integers else 'floats'}: {name}"
+            for name in names
+            if source.dtypes[name] not in (("int32",) if name in integers else _FLOATS)
+        ]
         if len(types) > 1:
             problems.append(f"of several types ({', '.join(sorted(types))}): {', '.join(names)}")
     return problems
@@ -146,18 +158,32 @@ def stored_types(
     return {name: stored[e.path].dtype for e in entries for group in e.names for name in group}
 
 
-def tensors_of(weights: pathlib.Path, entries: Sequence[Entry]) -> Iterator[tuple[str, np.ndarray]]:
+def tensors_of(
+    weights: pathlib.Path,
+    entries: Sequence[Entry],
+    digest: TreeDigest | None = None,
+) -> Iterator[tuple[str, np.ndarray]]:
     """Source names and arrays, one layer of one parameter after another.
+
+    Args:
+        weights: the folder that holds them.
+        entries: of the model.
+        digest: what is read is added to it; the entries are then in the order of their paths.
 
     Raises:
         UserError: damaged files.
     """
     try:
         for entry in entries:
-            store = open_array(weights, entry.path.split("."))
+            path = tuple(entry.path.split("."))
+            store = open_array(weights, path)
+            if digest is not None:
+                digest.start(path, store.shape, store.dtype.numpy_dtype)
             for layer, group in enumerate(entry.names):
-                part = store[layer] if entry.stacked else store
-                yield from zip(group, entry.split(part.read().result()), strict=True)
+                part = (store[layer] if entry.stacked else store).read().result()
+                if digest is not None:
+                    digest.add(part)
+                yield from zip(group, entry.split(part), strict=True)
     except ValueError as error:
         raise UserError(f"{weights} cannot be read, convert it again ({error})") from error
 

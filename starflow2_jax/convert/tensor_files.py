@@ -28,6 +28,7 @@ _SAFETENSORS_TYPES = {
     "float32": "F32",
     "float16": "F16",
     "bfloat16": "BF16",
+    "int32": "I32",
 }
 
 

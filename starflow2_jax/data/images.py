@@ -103,21 +103,99 @@ def _permuted(count: int, rng: np.random.Generator) -> Iterator[int]:
 
 
 class _SomeRows(grain.MapDataset):
-    """Of each `rows` elements, those from `start` to `stop`."""
+    """Of each `rows` elements, those from `start` to `stop`; the first `skipped` batches left out.
 
-    def __init__(self, parent: grain.MapDataset, rows: int, start: int, stop: int) -> None:
+    A batch keeps its elements, and their randomness, whatever is left out before it.
+    """
+
+    def __init__(
+        self, parent: grain.MapDataset, rows: int, start: int, stop: int, skipped: int
+    ) -> None:
         super().__init__(parent)
-        self._rows, self._start, self._stop = rows, start, stop
+        self._rows, self._start, self._stop, self._skipped = rows, start, stop, skipped
 
     def __len__(self) -> int:
         # The parent repeats without an end.
-        return len(self.parents[0]) // self._rows * (self._stop - self._start)
+        batches = len(self.parents[0]) // self._rows - self._skipped
+        return batches * (self._stop - self._start)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
         batch, row = divmod(index, self._stop - self._start)
-        return self.parents[0][batch * self._rows + self._start + row]
+        return self.parents[0][(self._skipped + batch) * self._rows + self._start + row]
+
+
+class _FolderBatches(grain.IterDataset):
+    """Some rows of each batch, in an endless stream."""
+
+    def __init__(self, rows: int, stream: Callable[[int], grain.IterDataset]) -> None:
+        """Nothing is read yet.
+
+        Args:
+            rows: of a whole batch.
+            stream: number of the first batch -> the stream from there on.
+        """
+        super().__init__()
+        self._rows = rows
+        self._stream = stream
+
+    def __iter__(self) -> "_FolderIterator":
+        return _FolderIterator(self._rows, self._stream)
+
+
+class _FolderIterator(grain.DatasetIterator):
+    """Batches in order. The position is a number of whole batches, the same in every process.
+
+    So it holds whatever rows of them a process has, before and after.
+    """
+
+    def __init__(self, rows: int, stream: Callable[[int], grain.IterDataset]) -> None:
+        super().__init__()
+        self._rows = rows
+        self._stream = stream
+        self._done = 0
+        self._source: grain.DatasetIterator | None = None
+
+    def __next__(self) -> Any:
+        if self._source is None:
+            self._source = iter(self._stream(self._done))
+        batch = next(self._source)
+        self._done += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        return {"rows": self._rows, "batches": self._done}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.set_states([state])
+
+    def set_states(self, states: Sequence[dict[str, Any]]) -> None:
+        """Moves to the position that the processes of a job saved; see `checkpoint.Elastic`.
+
+        Raises:
+            UserError: it is of batches of other sizes, or of an older version of this package.
+        """
+        found = {(state.get("rows"), state.get("batches")) for state in states}
+        [(rows, done), *others] = sorted(found, key=str)
+        if others or done is None:
+            raise UserError(
+                "the data's position counts no whole batches: it is damaged, or of an older "
+                "version of this package; start anew, or continue with that version"
+            )
+        if rows != self._rows:
+            raise UserError(
+                f"the data's position is of batches of {rows} rows, but now they have "
+                f"{self._rows}; use the config that wrote it"
+            )
+        self.close()
+        self._done = done
+
+    def close(self) -> None:
+        """Ends the threads; the next batch starts them again."""
+        if self._source is not None:
+            self._source.close()
+            self._source = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,12 +264,17 @@ class ImageFolder:
 
         start, stop, _ = (part or slice(None)).indices(rows)
         order = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
-        wanted = _SomeRows(order.random_map(load), rows, start, stop)
-        images = wanted.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=64))
-        batches = images.batch(stop - start, drop_remainder=True)
-        if place is not None:
-            batches = batches.map(place)
-        return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=4)
+        loaded = order.random_map(load)
+
+        def stream(first: int) -> grain.IterDataset:
+            wanted = _SomeRows(loaded, rows, start, stop, first)
+            reading = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
+            batches = wanted.to_iter_dataset(reading).batch(stop - start, drop_remainder=True)
+            if place is not None:
+                batches = batches.map(place)
+            return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=4)
+
+        return _FolderBatches(rows, stream)
 
     def _readable(self, index: int, rng: np.random.Generator) -> tuple[int, np.ndarray]:
         """This image, or, where it cannot be read, a random one that can; and its index."""

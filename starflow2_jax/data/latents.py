@@ -1,6 +1,7 @@
 """Latents of images, computed once and kept: means and log-variances of an FAE's posterior.
 
-    DIR/manifest.json                 the FAE's checksum, shapes, and where the images come from
+    DIR/manifest.json                 the FAE's checksum, shapes, where the images come from, and
+                                      what was left out
     DIR/latents-00000-of-00004.array_record, ...
 
 A record is a `tf.train.Example` with `moments`, bfloat16 [N, 2C] (means, then log-variances; the
@@ -19,7 +20,7 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -52,6 +53,8 @@ class CacheShape:
         shard: records of a shard; the last may have fewer.
         batch: B. Whoever computes in other batches gets other last bits.
         keep: fields of the images' records that go along.
+        dtype: of the encoder's computation.
+        image: field of the images' records that was encoded.
     """
 
     fae: str
@@ -63,6 +66,9 @@ class CacheShape:
     shard: int
     batch: int
     keep: tuple[str, ...] = ()
+    # Caches that do not name them were made with the command's defaults.
+    dtype: str = "float32"
+    image: str = "image"
 
     @property
     def shards(self) -> int:
@@ -103,6 +109,17 @@ def read_manifest(folder: str | os.PathLike[str]) -> tuple[CacheShape, bool]:
         raise UserError(f"{path} is not the manifest of cached latents ({error})") from error
 
 
+def read_skipped(folder: str | os.PathLike[str]) -> dict[str, list[str]]:
+    """The broken records that a cache was made without: shard file -> their names, with reasons.
+
+    Raises:
+        UserError: no cache, or damaged.
+    """
+    read_manifest(folder)
+    path = pathlib.Path(folder).expanduser() / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")).get("skipped", {})
+
+
 def _claim(folder: pathlib.Path, shape: CacheShape) -> None:
     """Makes the folder this cache's own, or checks that it is."""
     if (folder / MANIFEST).is_file():
@@ -127,15 +144,19 @@ def _claim(folder: pathlib.Path, shape: CacheShape) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from error
-    _write_manifest(folder, shape, complete=False)
+    _write_manifest(folder, shape, {}, complete=False)
 
 
-def _write_manifest(folder: pathlib.Path, shape: CacheShape, complete: bool) -> None:
-    record = {
+def _write_manifest(
+    folder: pathlib.Path, shape: CacheShape, skipped: Mapping[str, list[str]], complete: bool
+) -> None:
+    record: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "complete": complete,
         "cache": dataclasses.asdict(shape),
     }
+    if skipped:
+        record["skipped"] = dict(skipped)
     write_json(folder / MANIFEST, record)
 
 
@@ -147,16 +168,20 @@ def _kept(record: Record, keys: Sequence[str]) -> dict[str, bytes]:
     return {k: v.encode() if isinstance(v, str) else v for k, v in values.items()}
 
 
+class _Broken(str):
+    """What is wrong with a record, and its name."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Images of a source, decoded; what is broken stops the job with its name."""
+    """Images of a source, decoded; or what is wrong with one."""
 
     source: Source
     decode: Callable[[bytes], np.ndarray]
     image: str
     keep: tuple[str, ...]
 
-    def __call__(self, index: int) -> tuple[np.ndarray, dict[str, bytes]]:
+    def __call__(self, index: int) -> tuple[np.ndarray, dict[str, bytes]] | _Broken:
         name = self.source.name(index)
         try:
             record = self.source[index]
@@ -165,12 +190,36 @@ class _Reader:
             raise UserError(f"{name}: {error}") from error
         except (RecordError, OSError, ValueError, SyntaxError, DecompressionBombError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{name} cannot be read: {reason}; nothing else is lost") from error
+            return _Broken(f"{name} cannot be read: {reason}")
+
+
+def _whole(
+    items: Iterator[tuple[np.ndarray, dict[str, bytes]] | _Broken],
+    broken: list[str],
+    before: int,
+    most: int,
+) -> Iterator[tuple[np.ndarray, dict[str, bytes]]]:
+    """The items that are not broken; what is wrong with the others goes to `broken`.
+
+    Raises:
+        UserError: with those `before` there are more than `most`.
+    """
+    for item in items:
+        if not isinstance(item, _Broken):
+            yield item
+            continue
+        others = before + len(broken)
+        if others >= most:
+            reached = f", after {others} that were left out" if others else ""
+            raise UserError(
+                f"{item}{reached}; nothing else is lost. --skip-broken N leaves out up to N"
+            )
+        broken.append(item)
 
 
 def _ahead(
     pool: concurrent.futures.Executor, read: _Reader, indices: range, depth: int
-) -> Iterator[tuple[np.ndarray, dict[str, bytes]]]:
+) -> Iterator[tuple[np.ndarray, dict[str, bytes]] | _Broken]:
     """What `read` gives for each index in order, so many of them read ahead."""
     waiting: collections.deque[concurrent.futures.Future] = collections.deque()
     rest = iter(indices)
@@ -194,13 +243,15 @@ def write_cache(
     encode: Encode,
     decode: Callable[[bytes], np.ndarray],
     *,
-    image: str = "image",
     threads: int = 4,
+    skip_broken: int = 0,
     on_progress: Callable[[int], None] | None = None,
 ) -> int:
     """Encodes the images of a source that the folder lacks.
 
-    Images are read by threads, ahead of the encoder, and written behind it.
+    Images are read by threads, ahead of the encoder, and written behind it. A shard lacks the
+    broken records of its part of the source, and has no others in their place: which those are is
+    in the manifest before the shard has its name.
 
     Args:
         source: of the images.
@@ -208,22 +259,23 @@ def write_cache(
         shape: see `CacheShape`.
         encode: of `shape.batch` images at a time.
         decode: an encoded image to uint8 [H, W, channels].
-        image: field of the images.
         threads: that read.
+        skip_broken: so many records in all may be left out, since they cannot be read.
         on_progress: is called with the number of images done so far in this call.
 
     Returns:
         Images encoded in this call.
 
     Raises:
-        UserError: the folder holds another cache, an image is broken (its name is in the message),
-            the folder cannot be written to.
+        UserError: the folder holds another cache, more images are broken than may be (the name of
+            one is in the message), the folder cannot be written to.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
     folder = pathlib.Path(folder).expanduser()
     _claim(folder, shape)
-    read = _Reader(source, decode, image, shape.keep)
+    skipped = read_skipped(folder)
+    read = _Reader(source, decode, shape.image, shape.keep)
     done = 0
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for number in range(shape.shards):
@@ -236,7 +288,11 @@ def write_cache(
             fresh.unlink(missing_ok=True)
             # Records one by one: they are read at random.
             writer = ArrayRecordWriter(str(fresh), "group_size:1")
-            items = _ahead(pool, read, indices, 3 * shape.batch)
+            reading = _ahead(pool, read, indices, 3 * shape.batch)
+            skipped.pop(final.name, None)  # of an attempt that was interrupted
+            before = sum(map(len, skipped.values()))
+            broken: list[str] = []
+            items = _whole(reading, broken, before, skip_broken)
             pending: tuple[Any, list[dict[str, bytes]]] | None = None
             try:
                 while batch := list(itertools.islice(items, shape.batch)):
@@ -250,12 +306,15 @@ def write_cache(
                         on_progress(done)
                 done += _write(writer, pending)
             finally:
-                items.close()
+                reading.close()
                 writer.close()
+            if broken:
+                skipped[final.name] = broken
+                _write_manifest(folder, shape, skipped, complete=False)
             os.replace(fresh, final)
             if on_progress:
                 on_progress(done)
-    _write_manifest(folder, shape, complete=True)
+    _write_manifest(folder, shape, skipped, complete=True)
     return done
 
 

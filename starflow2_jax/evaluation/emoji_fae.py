@@ -13,12 +13,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.evaluation.distances import in_batches
+from starflow2_jax.convert.inception import load_inception
+from starflow2_jax.evaluation.distances import (
+    frechet_distance,
+    in_batches,
+    inception_features,
+    statistics,
+)
 from starflow2_jax.evaluation.pictures import grid, plot_losses
-from starflow2_jax.evaluation.reconstruction import measure_reconstruction
+from starflow2_jax.evaluation.reconstruction import Distance, measure_reconstruction
 from starflow2_jax.metrics import read_metrics
 from starflow2_jax.models.fae import FeatureFAE
 from starflow2_jax.provenance import write_json
+
+NO_DISTANCE = (
+    "No rFID: config.inception names no file of the weights of its network (docs/evaluation.md)."
+)
+
+
+def inception_distance(path: str) -> Distance | None:
+    """FID between two sets of pictures, for `measure_reconstruction`.
+
+    Args:
+        path: of the network's weights, see `convert.inception.load_inception`; "": there are none.
+
+    Returns:
+        None where there are no weights.
+
+    Raises:
+        UserError: no such file, or another one.
+    """
+    if not path:
+        return None
+    model = load_inception(pathlib.Path(path).expanduser())
+
+    def distance(made: np.ndarray, originals: np.ndarray) -> float:
+        ours, theirs = (statistics(inception_features(model, part)) for part in (made, originals))
+        return frechet_distance(ours, theirs)
+
+    return distance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +114,7 @@ def write_fae_report(
     tuned: FeatureFAE | None,
     train: np.ndarray,
     test: np.ndarray,
+    distance: Distance | None = None,
 ) -> dict[str, Any]:
     """Measures; writes `report.json`, `report.md` and pictures into the work directory.
 
@@ -89,6 +123,7 @@ def write_fae_report(
         model: as it was before its decoders were tuned to noise.
         tuned: afterwards, or None.
         train, test: uint8 [n, H, W, 3]; the second were never trained on.
+        distance: of reconstructions and originals, for the rFID; None: the report says so.
     """
     config = model.config
     numbers = config.tokens * config.channels
@@ -110,7 +145,7 @@ def write_fae_report(
         "held_out_images": len(test),
         "latent_numbers": numbers,
         "pixel_numbers": int(np.prod(test.shape[1:])),
-        **measure_reconstruction(model, test),
+        **measure_reconstruction(model, test, distance=distance),
         "qualities": {name: dataclasses.asdict(q) for name, q in rows.items()},
         "stage_seconds": stages,
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
@@ -132,14 +167,16 @@ def write_fae_report(
             *(f"| {name} | {q.whole:.2f} | {q.shown:.2f} |" for name, q in rows.items()),
         ]
     )
+    rfid = f"rFID: {report['rfid']:.2f}" if "rfid" in report else NO_DISTANCE
     times = "\n".join(f"| {name} | {seconds:.0f} |" for name, seconds in stages.items())
     (workdir / "report.md").write_text(
         f"# An FAE of emoji\n\n{len(test)} held-out emoji, from the posterior's mean: {numbers} "
         f"numbers in place of {report['pixel_numbers']}, as many as the PCA has coefficients.\n\n"
-        f"{table}\n\n| stage | seconds |\n|---|---|\n{times}\n\n"
+        f"{table}\n\n{rfid}\n\n| stage | seconds |\n|---|---|\n{times}\n\n"
         "Originals, FAE, PCA:\n\n![reconstructions](reconstructions.png)\n\n"
         "![losses](losses.png)\n",
         encoding="utf-8",
     )
     print(table)
+    print(rfid)
     return report

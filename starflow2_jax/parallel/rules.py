@@ -150,7 +150,7 @@ def _batch_axis(path: tuple) -> int:
 
 
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:
-    """The sharding of a batch: rows over data and fsdp, the rest on every device.
+    """The sharding of a batch: rows over data, fsdp and columns, the rest everywhere.
 
     Positions inside a row are cut by the models' own constraints, not here: so each process reads
     whole rows.

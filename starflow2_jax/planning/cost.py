@@ -106,7 +106,10 @@ def _label_sizes(labels: str, dims: Sequence[int]) -> dict[str, int]:
 
 
 def _window(text: str, rank: int) -> list[dict[str, int]]:
-    """Of each spatial axis: size, stride, pad, lhs_dilate, rhs_dilate, rhs_reversal."""
+    """Of each spatial axis: `size`, `stride`, `pad`, and the dilations `lhs` and `rhs`.
+
+    A reversal (`rhs_reversal`) is not read: it changes no count.
+    """
     body = re.search(r"window=\{([^}]*)\}", text)
     fields = dict(part.split("=") for part in body.group(1).split()) if body else {}
     axes = []

@@ -111,7 +111,6 @@ def answer(request: Request, config: ml_collections.ConfigDict, module: types.Mo
         "name": request.stage or "decode",
         "topology": f"{slices}{topology.name}",
         "settings": _settings(config, request, program.mesh),
-        "notes": list(getattr(module, "plan_notes", lambda *_: ())(config, request.stage)),
     }
     compiled = compiler.compile_program(program.lowered, topology)
     if isinstance(compiled, compiler.TooLarge):

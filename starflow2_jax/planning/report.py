@@ -7,6 +7,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from starflow2_jax.errors import UserError
+
 GB = 1e9
 
 
@@ -30,7 +32,6 @@ class Plan:
         bytes_by_collective: that a device sends, by kind and mesh axes.
         bytes_moved, bytes_needed: of main memory; needed is for decoding.
         kernels: how often each kernel runs.
-        notes: what a reader must know.
         compile_seconds: until the compiler had said all this.
     """
 
@@ -54,7 +55,6 @@ class Plan:
     bytes_moved: float = math.nan
     bytes_needed: float = math.nan
     kernels: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    notes: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; what does not apply is null."""
@@ -76,7 +76,7 @@ def text(plan: Plan) -> str:
         excess = plan.hbm_used_gb - plan.hbm_gb
         row("does not fit", f"by {excess:.2f} GB: {plan.hbm_used_gb:.2f} of {plan.hbm_gb:.2f} GB")
         row("compiled in", f"{plan.compile_seconds:.0f} s")
-        return "\n".join(lines + [f"  note: {note}" for note in plan.notes])
+        return "\n".join(lines)
     row("memory of a device", f"{plan.hbm_used_gb:.2f} of {plan.hbm_gb:.2f} GB")
     for name, size in plan.memory_gb.items():
         row(f"  {name}", f"{size:.3f} GB")
@@ -103,11 +103,31 @@ def text(plan: Plan) -> str:
         row("MFU, all overlapped", f"{plan.mfu_bound:.3f} at most")
         row("MFU, interconnect apart", f"{plan.mfu_bound_serial:.3f} at most")
     row("compiled in", f"{plan.compile_seconds:.0f} s")
-    return "\n".join(lines + [f"  note: {note}" for note in plan.notes])
+    return "\n".join(lines)
+
+
+def check_place(path: pathlib.Path) -> None:
+    """Whether `write` can write there; makes its folder.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        there = path.exists()
+        path.open("a").close()
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def write(path: pathlib.Path, plans: Sequence[Plan]) -> None:
-    """One plan as a JSON object, several as a list of them."""
+    """One plan as a JSON object, several as a list of them.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     records = [plan.to_json() for plan in plans]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_place(path)
     path.write_text(json.dumps(records[0] if len(records) == 1 else records, indent=1) + "\n")

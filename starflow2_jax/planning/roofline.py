@@ -99,9 +99,13 @@ def roofline(cost: Cost, chip: Chip, model_flops: float = math.nan) -> Roofline:
         sent = c.bytes * c.times
         outside = 0.0
         if c.crosses > 1:
-            # Hierarchical: inside first, then each device with its peers of the other slices.
-            inside = max(1, c.group // c.crosses)
-            outside = sent / inside if c.kind != "all-to-all" else sent * (1 - 1 / c.crosses)
+            # An all-to-all has a piece for each device: those for devices of other slices go out.
+            # The others are hierarchical: the devices at one place of each slice make a ring that
+            # works on their part of the array, and the rest happens inside. A ring of n sends
+            # (1 - 1/n) of an array, or twice that: here of a part, with slices for n.
+            outside = sent * (1 - 1 / c.crosses) / (1 - 1 / c.group)
+            if c.kind != "all-to-all":
+                outside /= max(1, c.group // c.crosses)
         links += sent - outside if c.crosses < c.group else 0.0
         network += outside
     return Roofline(

@@ -9,7 +9,7 @@ import ml_collections
 from starflow2_jax.errors import UserError
 from starflow2_jax.planning.plan import Request, plan
 from starflow2_jax.planning.report import Plan
-from starflow2_jax.planning.topology import Topology
+from starflow2_jax.planning.topology import Topology, check_installed
 
 REMATS = ("products", "full")
 MOST_PARTS = 8
@@ -20,10 +20,11 @@ def candidates(
 ) -> Iterator[dict[str, str]]:
     """Overrides to try, the most promising first.
 
-    Meshes: data over the slices; inside one the devices as fsdp x columns, as square as they go,
-    with tensor groups of 1, 2 and 4. Parts: powers of two that leave each device a row.
+    Meshes: data over the slices (GPUs: nodes); inside one the devices as fsdp x columns, as square
+    as they go, with tensor groups of 1, 2 and 4. Parts: powers of two that leave each device a row.
     """
-    inside = topology.chips * topology.chip.cores // topology.slices
+    groups = topology.network_groups
+    inside = topology.chips * topology.chip.cores // groups
     for tensor in (1, 2, 4):
         if inside % tensor:
             continue
@@ -31,7 +32,7 @@ def candidates(
         square = max(n for n in range(1, math.isqrt(rest) + 1) if rest % n == 0)
         for columns in sorted({square, max(1, square // 4), 1}, reverse=True):
             mesh = {
-                "mesh.data": str(topology.slices),
+                "mesh.data": str(groups),
                 "mesh.fsdp": str(rest // columns),
                 "mesh.columns": str(columns),
                 "mesh.tensor": str(tensor),
@@ -41,7 +42,7 @@ def candidates(
                     yield mesh
                 continue
             rows = config.stages[stage].batch.rows
-            shares = topology.slices * rest
+            shares = groups * rest
             for remat in REMATS:
                 parts = 1
                 while parts <= MOST_PARTS and rows % (shares * parts) == 0:
@@ -65,12 +66,18 @@ def search(
     gather the weights more often for nothing.
 
     Args:
-        request: the program; its own overrides stay.
+        request: the program; what a candidate sets wins over its own overrides.
         config: as loaded for it.
         topology: of it.
         tell: is given a line for each candidate.
+
+    Raises:
+        UserError: the compiler is not installed; or what is wrong with every candidate alike.
     """
+    check_installed(topology)
     found: list[Plan] = []
+    wrong: list[UserError] = []
+    failed = 0
     enough: set[tuple] = set()
     for settings in candidates(config, topology, request.stage):
         parts = f"stages.{request.stage}.optimizer.accumulate"
@@ -82,11 +89,17 @@ def search(
             one = plan(dataclasses.replace(request, overrides=overrides))
         except (UserError, RuntimeError) as error:
             tell(f"{dict(settings)}: {str(error).splitlines()[-1][:150]}")
+            if isinstance(error, UserError):
+                wrong.append(error)
+            else:
+                failed += 1
             continue
         found.append(one)
         if one.fits:
             enough.add(same)
         tell(line(one))
+    if wrong and not found and not failed:
+        raise wrong[0]
     ranked = sorted(found, key=_rank)
     tell("ranked:")
     for one in ranked:

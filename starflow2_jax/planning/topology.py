@@ -153,6 +153,11 @@ class Topology:
             count *= size
         return count
 
+    @property
+    def network_groups(self) -> int:
+        """Slices, or nodes of GPUs: what only the network connects."""
+        return self.shape[0] if self.chip.platform == "cuda" else self.slices
+
 
 # How devices call themselves, from the longest name to the shortest.
 _DEVICE_KINDS = {

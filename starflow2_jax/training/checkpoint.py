@@ -53,7 +53,10 @@ __all__ = [
 
 @runtime_checkable
 class Elastic(Protocol):
-    """A data iterator whose position may be restored in another number of processes."""
+    """A data iterator whose position may be restored by other processes than those that saved it.
+
+    They may be more or fewer, or as many that hold other rows, since the mesh is another one.
+    """
 
     def set_states(self, states: Sequence[dict[str, Any]]) -> None:
         """Moves to the position at which the processes of a job saved these states, in any order.
@@ -229,8 +232,8 @@ class Checkpoints:
             step: an existing one.
             abstract: pytree like the saved state: arrays, or `jax.ShapeDtypeStruct` with a sharding
                 (without one the leaf comes back as a numpy array).
-            iterator: a fresh data iterator; it is moved to the saved position. Where another number
-                of processes saved, it has to be `Elastic`.
+            iterator: a fresh data iterator; it is moved to the saved position. Unless it is
+                `Elastic`, as many processes, with the same rows each, have to have saved it.
 
         Returns:
             The state, and the metadata as saved.
@@ -290,10 +293,6 @@ class Checkpoints:
             return {name: restored.state[name] for name in names}, metadata
         return {n: rebuild(abstract[n], restored.state[n]) for n in names}, metadata
 
-    def reached_preemption(self, step: int) -> bool:
-        """Whether the cluster has announced the end of this job (needs `jax.distributed`)."""
-        return self._manager.reached_preemption(step)
-
     def wait(self) -> None:
         """Waits until the last save is complete.
 
@@ -331,17 +330,21 @@ class Checkpoints:
         index, count = jax.process_index(), jax.process_count()
         if not folder.is_dir():
             raise UserError(f"{where} holds no data iterator; it was saved without one")
-        files = list(folder.glob("process_*-of-*.json"))
-        if not files or (folder / f"process_{index}-of-{count}.json").exists():
+        files = sorted(folder.glob("process_*-of-*.json"))
+        processes = files[0].stem.rpartition("-")[2] if files else str(count)
+        if isinstance(iterator, Elastic):
+            # Always from all files: on another mesh, the same number of processes hold other rows.
             with self._reading(step):
-                restore = grain.checkpoint.CheckpointRestore(iterator)
-                self._manager.restore(step, args=ocp.args.Composite(data=restore))
+                if not files or len(files) != int(processes):
+                    raise FileNotFoundError(f"{len(files)} of {processes} positions of the data")
+                states = [json.loads(file.read_text("utf-8")) for file in files]
+                iterator.set_states(states)
             return
-        processes = files[0].stem.rpartition("-")[2]
-        if not isinstance(iterator, Elastic):
+        if files and not (folder / f"process_{index}-of-{count}.json").exists():
             raise UserError(
                 f"{where} was saved by {processes} processes, and its data iterator cannot "
                 f"continue in {count}; start {processes} processes"
             )
         with self._reading(step):
-            iterator.set_states([json.loads(file.read_text("utf-8")) for file in files])
+            restore = grain.checkpoint.CheckpointRestore(iterator)
+            self._manager.restore(step, args=ocp.args.Composite(data=restore))

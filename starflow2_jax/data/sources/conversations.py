@@ -4,6 +4,7 @@ One object a line: `{"id": ..., "image": PATH or [PATH, ...], "conversations": [
 "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": ...}]}`. Other fields are allowed.
 """
 
+import array
 import json
 import os
 import pathlib
@@ -15,22 +16,26 @@ from starflow2_jax.data.sources.index import Arrays, cached_index
 from starflow2_jax.data.sources.record import Paths, Record, RecordError, Source, expand
 from starflow2_jax.errors import UserError
 
-_VERSION = "jsonl 1"
-_PIECE = 2**24
+_VERSION = "jsonl 2"
 
 
-def _line_starts(path: pathlib.Path) -> np.ndarray:
-    """Byte offsets of the lines that are not empty, and of the end."""
-    starts, at, last = [np.zeros(1, np.int64)], 0, b"\n"
+def _line_starts(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    """Of the lines that are not blank.
+
+    Returns:
+        Their byte offsets, with the file's end behind them: from one to the next is a line, with
+        the blank ones that follow it. And their numbers in the file, from 1 on.
+    """
+    starts, numbers = array.array("q"), array.array("q")
+    at = 0
     with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            found = np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n")) + 1
-            starts.append(found.astype(np.int64) + at)
-            at, last = at + len(piece), piece[-1:]
-    ends = np.concatenate(starts)
-    if last != b"\n":
-        ends = np.append(ends, at)
-    return ends
+        for number, line in enumerate(file, 1):
+            if not line.isspace():
+                starts.append(at)
+                numbers.append(number)
+            at += len(line)
+    starts.append(at)
+    return np.array(starts, np.int64), np.array(numbers, np.int64)
 
 
 class ConversationSource(Source):
@@ -63,13 +68,15 @@ class ConversationSource(Source):
                     )
         arrays = cached_index(self._files, index, _VERSION, self._build)
         self._bounds = arrays["bounds"]  # starts of the lines of each file, then its end
+        self._numbers = arrays["numbers"]  # of the lines in their files
         self._first = arrays["first"]  # of each file's records, and the end
 
     def _build(self) -> Arrays:
-        bounds = [_line_starts(file) for file in self._files]
+        bounds, numbers = zip(*(_line_starts(file) for file in self._files), strict=True)
         lines = [len(b) - 1 for b in bounds]
         return {
             "bounds": np.concatenate(bounds),
+            "numbers": np.concatenate(numbers),
             "first": np.concatenate([[0], np.cumsum(lines)]).astype(np.int64),
         }
 
@@ -81,8 +88,7 @@ class ConversationSource(Source):
 
     def name(self, index: int) -> str:
         """File and line."""
-        file = self._file(index)
-        return f"{self._files[file]} line {index - int(self._first[file]) + 1}"
+        return f"{self._files[self._file(index)]} line {self._numbers[index]}"
 
     def __getitem__(self, index: int) -> Record:
         number = self._file(index)

@@ -63,6 +63,6 @@ def cached_index(
         except OSError as error:
             raise UserError(
                 f"cannot write the index of {files[0]} to {base}: {error.strerror}; give a folder "
-                "that can be written to with index="
+                "that can be written to with index= (of `starflow2 data latents`: --index)"
             ) from error
     return {f.stem: np.load(f, mmap_mode="r") for f in sorted(place.glob("*.npy"))}

@@ -109,8 +109,10 @@ def _open(path: pathlib.Path) -> Any:
         raise UserError("Parquet files need pyarrow: pip install 'starflow2-jax[data]'") from error
     try:
         return pyarrow.parquet.ParquetFile(path, memory_map=True)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a Parquet file, or damaged ({error})") from error
+    # A damaged footer is either; Arrow's own exceptions are ValueErrors, or others by their kind.
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not a Parquet file, or damaged ({reason})") from error
 
 
 class _Groups:

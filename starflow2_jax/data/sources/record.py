@@ -61,6 +61,8 @@ class Record:
     def image(self, key: str) -> bytes:
         """The encoded image in the field: bytes, a struct with `bytes` or `path`, or a reference.
 
+        A list of one is taken for what it holds.
+
         Raises:
             RecordError: no such field, or no image in it.
         """
@@ -68,6 +70,8 @@ class Record:
 
     def encoded(self, value: Any, key: str) -> bytes:
         """The encoded image that a value of the field stands for; see `image`."""
+        if isinstance(value, list) and len(value) == 1:
+            [value] = value
         if isinstance(value, Mapping):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str) and value and self._read is not None:
@@ -92,6 +96,8 @@ def as_text(value: Any, key: str) -> str:
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
     return "nothing" if value is None or value == b"" else f"a {type(value).__name__}"
 
 
