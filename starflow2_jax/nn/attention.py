@@ -24,6 +24,8 @@ CAUSAL_PARTS = (4, 8)
 APART_BYTES = 2**24
 # On an accelerator, attention of at least this many positions is its own kernel's.
 KERNEL_SIZE = 128
+# Up to so many positions, plain products do what the kernel has no form for.
+PLAIN_SIZE = 4096
 TPU_LANES = 128
 
 
@@ -183,12 +185,11 @@ def attend(
         return _attend_in_windows(q, k, v, spec, past)
     if past is not None and spec.segments is not None:
         raise ValueError("a cached row is one segment: pass lengths, not segments, with a cache")
-    size = q.shape[1]
-    platform = partition.platform() if past is None and size >= KERNEL_SIZE else None
-    if platform == "tpu":
+    kernel = None if past is not None else _kernel(q)
+    if kernel == "splash":
         return _attend_by_splash(q, k, v, spec)
     q, k, v = (checkpoint_name(a, attention_kernels.QKV) for a in (q, k, v))
-    if platform == "cuda":
+    if kernel == "cudnn":
         return _attend_by_cudnn(q, k, v, spec)
     # Of folded heads, the scores are those of the narrow ones: scale first.
     q, fold = _scaled(q, spec), 1 if past is None else past.k.shape[-1] // q.shape[-1]
@@ -200,6 +201,23 @@ def attend(
         mixed = _attend_with_past(q, k, v, spec, past)
     mixed = mixed if fold == 1 else _unfolded(mixed, fold)
     return partition.constrain(mixed, ("batch", "length", "heads", None, None))
+
+
+def _kernel(q: jax.Array) -> str | None:
+    """The kernel for queries without a past: "splash" or "cudnn"; None: plain products.
+
+    A kernel with no form for these queries is chosen for long rows all the same, and says so.
+    """
+    size, platform = q.shape[1], partition.platform()
+    if size < KERNEL_SIZE:
+        return None
+    if platform == "tpu":
+        fits = q.shape[-1] <= max(attention_kernels.SPLASH_HEAD_DIMS)
+        return "splash" if fits or size > PLAIN_SIZE else None
+    if platform == "cuda":
+        fits = q.dtype in attention_kernels.CUDNN_DTYPES
+        return "cudnn" if fits or size > PLAIN_SIZE else None
+    return None
 
 
 def weights(q: jax.Array, k: jax.Array, spec: AttentionSpec) -> jax.Array:
@@ -293,7 +311,10 @@ def _attend_by_splash(
     # Narrower heads are filled up with zeros, which change no score and give zeros.
     wide = next((d for d in kernels.SPLASH_HEAD_DIMS if d >= q.shape[-1]), None)
     if wide is None:
-        raise ValueError(f"TPU attention has heads of at most 128 dims, not {q.shape[-1]}")
+        raise ValueError(
+            f"TPU attention of more than {PLAIN_SIZE} positions has heads of at most 128 dims, not "
+            f"{q.shape[-1]}"
+        )
     if partition.axis_extent("length") > 1:
         raise ValueError("TPU attention wants whole rows on a device: sequence=1 in the mesh")
     fill = lambda a: jnp.pad(a, ((0, 0),) * (a.ndim - 1) + ((0, wide - a.shape[-1]),))
@@ -312,6 +333,11 @@ def _attend_by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSp
     """`attend` without a past by cuDNN."""
     if spec.segments is not None and spec.lengths is not None:
         raise ValueError("cuDNN attention takes segments or lengths, not both")
+    if q.dtype not in attention_kernels.CUDNN_DTYPES:
+        raise ValueError(
+            f"cuDNN attention of more than {PLAIN_SIZE} positions is in bfloat16 or float16, not "
+            f"{q.dtype}"
+        )
     if partition.axis_extent("length") > 1:
         raise ValueError("cuDNN attention wants whole rows on a device: sequence=1 in the mesh")
     q = q if spec.temperature is None else _scaled(q, spec) * math.sqrt(q.shape[-1])
