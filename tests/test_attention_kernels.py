@@ -12,6 +12,8 @@ from starflow2_jax.models import qwen2_5_vision
 from starflow2_jax.models.pretzel import Kind
 from starflow2_jax.nn import attention, attention_kernels, partition
 from starflow2_jax.nn.attention import AttentionSpec, Past
+from starflow2_jax.parallel import mesh as meshes
+from starflow2_jax.parallel import rules
 
 
 def queries_keys_values(rows, size, kv_heads, groups, d, seed=0):
@@ -109,6 +111,24 @@ def test_long_rows_that_no_kernel_takes_are_an_error(monkeypatch):
         k = jax.ShapeDtypeStruct((1, size, 1, d), jnp.float32)
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(lambda q, k: attention.attend(q, k, k, AttentionSpec()), q, k)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_rows_that_are_cut_take_plain_products(monkeypatch, platform):
+    mesh = meshes.make_mesh(meshes.MeshConfig(fsdp=2, tensor=2, sequence=2))
+    q, k, v = (a.astype(jnp.bfloat16) for a in queries_keys_values(2, 128, 2, 1, 16))
+    segments = jnp.asarray(np.repeat([1, 2, 0], [50, 60, 18])[None].repeat(2, 0), jnp.int32)
+    spec = AttentionSpec(segments=segments)
+    expected = attention.attend(q, k, v, spec)
+    monkeypatch.setattr(partition, "platform", lambda: platform)
+    with rules.use(mesh):
+        attend = jax.jit(attention.attend)
+        tiny.close(attend(q, k, v, spec), expected, 2e-2)
+        size = attention.PLAIN_SIZE
+        attention.check_length(size)
+        with pytest.raises(ValueError, match=f"over {size + 1} positions wants whole rows"):
+            attention.check_length(size + 1)
+    attention.check_length(size + 1)
 
 
 def test_what_a_kernel_cannot_do_is_an_error():

@@ -27,6 +27,7 @@ KERNEL_SIZE = 128
 # Up to so many positions, plain products do what the kernel has no form for.
 PLAIN_SIZE = 4096
 TPU_LANES = 128
+_KERNELS = {"tpu": "splash", "cuda": "cudnn"}
 
 
 @jax.tree_util.register_dataclass
@@ -209,15 +210,28 @@ def _kernel(q: jax.Array) -> str | None:
     A kernel with no form for these queries is chosen for long rows all the same, and says so.
     """
     size, platform = q.shape[1], partition.platform()
-    if size < KERNEL_SIZE:
+    if size < KERNEL_SIZE or platform not in _KERNELS:
         return None
     if platform == "tpu":
         fits = q.shape[-1] <= max(attention_kernels.SPLASH_HEAD_DIMS)
-        return "splash" if fits or size > PLAIN_SIZE else None
-    if platform == "cuda":
+    else:
         fits = q.dtype in attention_kernels.CUDNN_DTYPES
-        return "cudnn" if fits or size > PLAIN_SIZE else None
-    return None
+    fits = fits and partition.axis_extent("length") == 1
+    return _KERNELS[platform] if fits or size > PLAIN_SIZE else None
+
+
+def check_length(size: int) -> None:
+    """Checks that rows of this many positions can be cut as mesh and rules in context cut them.
+
+    Raises:
+        ValueError: they are too long for that.
+    """
+    shards = partition.axis_extent("length")
+    if size > PLAIN_SIZE and shards > 1 and partition.platform() in _KERNELS:
+        raise ValueError(
+            f"attention over {size} positions wants whole rows on a device, not {shards} parts of "
+            f"them: sequence=1, or rows of at most {PLAIN_SIZE}"
+        )
 
 
 def weights(q: jax.Array, k: jax.Array, spec: AttentionSpec) -> jax.Array:
@@ -315,8 +329,7 @@ def _attend_by_splash(
             f"TPU attention of more than {PLAIN_SIZE} positions has heads of at most 128 dims, not "
             f"{q.shape[-1]}"
         )
-    if partition.axis_extent("length") > 1:
-        raise ValueError("TPU attention wants whole rows on a device: sequence=1 in the mesh")
+    check_length(q.shape[1])
     fill = lambda a: jnp.pad(a, ((0, 0),) * (a.ndim - 1) + ((0, wide - a.shape[-1]),))
     segments = spec.segments
     if spec.lengths is not None:
@@ -338,8 +351,7 @@ def _attend_by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSp
             f"cuDNN attention of more than {PLAIN_SIZE} positions is in bfloat16 or float16, not "
             f"{q.dtype}"
         )
-    if partition.axis_extent("length") > 1:
-        raise ValueError("cuDNN attention wants whole rows on a device: sequence=1 in the mesh")
+    check_length(q.shape[1])
     q = q if spec.temperature is None else _scaled(q, spec) * math.sqrt(q.shape[-1])
     return attention_kernels.cudnn(q, k, v, spec.lengths, spec.segments, spec.causal)
 
