@@ -163,12 +163,14 @@ def load_bundle(folder: pathlib.Path, dtype: str | None = None, mesh: Mesh | Non
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         version = record["format_version"]
+        if version != FORMAT_VERSION:  # what it holds may be anything
+            raise UserError(
+                f"{path} has format version {version}, this package reads {FORMAT_VERSION}"
+            )
         config = config_from_json(record["model"])
         image = ImageShape(**record["image"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a model description ({error})") from error
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version}, this package reads {FORMAT_VERSION}")
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Pretzel(config, rngs=nnx.Rngs(0))))
     shape = (image.height, image.width, image.channels)
     weights, part = folder / model_folder.WEIGHTS, ("model",)

@@ -129,6 +129,7 @@ def load_parameters(
     make_model: Callable[[], Model],
     dtype: str | None = None,
     mesh: Mesh | None = None,
+    stored: nnx.filterlib.Filter = nnx.Param,
 ) -> Model:
     """A model with the parameters that a folder holds.
 
@@ -136,12 +137,13 @@ def load_parameters(
         weights: the folder.
         make_model: builds the model; it is traced only.
         dtype, mesh: see `stored_parameters`.
+        stored: what the folder holds; anything else (statistics of data, say) keeps its place
+            without a value.
 
     Raises:
         UserError: damaged, or of another model.
     """
-    # What is no parameter (statistics of data, say) keeps its place without a value.
-    graphdef, abstract, others = nnx.split(nnx.eval_shape(make_model), nnx.Param, ...)
+    graphdef, abstract, others = nnx.split(nnx.eval_shape(make_model), stored, ...)
     arrays, _ = load_tree(weights, stored_parameters(weights, abstract, dtype, mesh))
     nnx.replace_by_pure_dict(abstract, arrays)
     return nnx.merge(graphdef, abstract, others)

@@ -441,3 +441,26 @@ def test_starflow2_of_another_model(tmp_path, capsys, source):
     command = ["convert", "starflow2", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
     assert main(command) == 2
     assert "is not the directory of a STARFlow2 model" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_image_model_says_what_it_is(tmp_path):
+    config = starflow.TarFlowConfig(1, 4, 2, 32, 2, 1, head_dim=16)
+    flow_bundle.write_description(tmp_path, config, {"note": "kept"})
+    record = json.loads((tmp_path / "model.json").read_text())
+    assert list(record) == ["format_version", "family", "model", "note"]
+    assert (record["format_version"], record["family"]) == (1, "tarflow")
+    assert flow_bundle.is_image_flow(tmp_path)
+    assert flow_bundle.read_description(tmp_path) == (config, record)
+    for changes, message in (
+        ({"format_version": 2, "model": {"of": "another age"}}, "format version 2"),
+        ({"family": "fae"}, "of family fae, expected starflow or tarflow"),
+        ({"model": {"depth": 3}}, "not the description of an image model"),
+    ):
+        (tmp_path / "model.json").write_text(json.dumps(record | changes))
+        with pytest.raises(UserError, match=message):
+            flow_bundle.read_description(tmp_path)
+    del record["family"]
+    (tmp_path / "model.json").write_text(json.dumps(record))
+    assert not flow_bundle.is_image_flow(tmp_path)
+    with pytest.raises(UserError, match="of family starflow2, expected starflow or tarflow"):
+        flow_bundle.read_description(tmp_path)

@@ -12,7 +12,7 @@ from flax import nnx
 
 from starflow2_jax.convert import table
 from starflow2_jax.models import fae as models
-from starflow2_jax.models.dinov2 import DinoV2Config
+from starflow2_jax.models.dinov2 import DinoV2Config, dinov2_giant
 from starflow2_jax.models.fae import (
     FAE,
     EncoderConfig,
@@ -22,6 +22,7 @@ from starflow2_jax.models.fae import (
     PixelDecoderConfig,
     Posterior,
 )
+from starflow2_jax.nn import partition
 
 VIT = DinoV2Config(layers=1, width=32, heads=2, mlp_width=64, patch=4, table_side=4)
 
@@ -225,3 +226,21 @@ def test_json():
 
     made = published(encoder={"norm": "none"}, pixel_decoder={"layer_scale": 0.5})
     assert models.from_json(json.loads(json.dumps(dataclasses.asdict(made)))) == made
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_the_published_model_encodes_and_trains_on_accelerators(monkeypatch, platform):
+    # Its encoder has heads of 256, twice as wide as TPU's kernel takes.
+    monkeypatch.setattr(partition, "platform", lambda: platform)
+    vit = dataclasses.replace(dinov2_giant(), layers=1)
+    whole = nnx.eval_shape(lambda: FeatureFAE(models.fae_dinov2_giant(), vit, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(whole)
+
+    def loss(state, images):
+        model = nnx.merge(graphdef, state)
+        posterior = model.encode(images, jnp.float32)
+        return posterior.mean.sum() + model.fae.decode(posterior.mean).sum()
+
+    images = jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.uint8)
+    gradient = jax.eval_shape(jax.grad(loss), state, images)
+    assert gradient["fae"]["encoder"]["q"]["kernel"].get_value().shape == (1536, 24 * 256)

@@ -182,6 +182,19 @@ def test_codec():
     tiny.close(codec.bits_per_dim(nats), 0.5 * np.log2(2 * np.pi * np.e), 1e-6)
 
 
+def test_a_decoder_has_no_encoder():
+    codec = FAECodec(made(), (SIZE, SIZE, 3), noise_std=0.3)
+    decoder = codec.decoder()
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 16, 4)), jnp.float32)
+    np.testing.assert_array_equal(decoder.decode(x), codec.decode(x))
+    left = nnx.to_pure_dict(nnx.state(decoder.model))
+    assert set(left) == {"fae"} and "encoder" not in left["fae"]
+    whole = nnx.to_pure_dict(nnx.state(codec.model))
+    assert "vit" in whole and "encoder" in whole["fae"]
+    with pytest.raises(AttributeError):
+        decoder.latents(jnp.zeros((1, SIZE, SIZE, 3), jnp.uint8), 0, jnp.zeros(1, jnp.uint32))
+
+
 def test_codec_of_another_size():
     with pytest.raises(ValueError, match="the FAE decodes 20x20 pixels, not 24x24"):
         FAECodec(made(), (24, 24, 3))
@@ -288,6 +301,12 @@ def test_a_model_with_an_fae_as_safetensors_and_back(tmp_path):
         assert checksum(ours) == checksum(theirs)
     for name in ("model.json", "fae/model.json", "fae/statistics.json", "fae/vit/model.json"):
         assert (back / name).read_bytes() == (model / name).read_bytes()
+
+
+def test_a_newer_format_is_named_whatever_it_holds(tmp_path):
+    (tmp_path / "model.json").write_text('{"format_version": 99, "model": {"of": "another age"}}')
+    with pytest.raises(UserError, match="has format version 99, this package reads 2"):
+        load_bundle(tmp_path)
 
 
 def test_documents_of_cached_latents():

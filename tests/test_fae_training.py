@@ -355,7 +355,7 @@ def test_a_run_that_goes_on_with_another_stage(tmp_path, capsys):
     workdir = tmp_path / "run"
     workdir.mkdir()
 
-    def run(*names):
+    def run(*names, vit=vit):
         make_task = lambda config_, folder: task_of(config_, folder, vit)
         loop.run(run_config(*names), types.SimpleNamespace(make_task=make_task), workdir)
         return load_fae(workdir)
@@ -365,6 +365,9 @@ def test_a_run_that_goes_on_with_another_stage(tmp_path, capsys):
     first = run("features")
     assert "perceptual" not in capsys.readouterr().err
     shutil.rmtree(workdir / "model")
+    other = tiny.randomised(lambda: DinoV2(VIT, rngs=nnx.Rngs(0)), seed=1)
+    with pytest.raises(UserError, match="was trained on other frozen weights"):
+        run("features", "noisy", vit=other)
     model = run("features", "noisy")
     said = capsys.readouterr().err
     assert said.count("no perceptual network is given: noisy train without") == 1

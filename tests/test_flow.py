@@ -7,8 +7,10 @@ import pytest
 import tiny
 from flax import nnx
 
-from starflow2_jax.models import flow
+from starflow2_jax.data import digits
+from starflow2_jax.models import flow, patches
 from starflow2_jax.models.pretzel import Kind
+from starflow2_jax.nn import partition
 
 F64 = jnp.float64
 
@@ -122,6 +124,29 @@ def test_head_is_clipped_softly(x64):
     assert np.abs(mu).max() <= 4.0
     assert sigma.min() >= np.log1p(np.exp(-4.0 + flow.SOFTPLUS_OF_ONE)) - 1e-12
     assert sigma.max() <= np.log1p(np.exp(4.0 + flow.SOFTPLUS_OF_ONE)) + 1e-12
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_what_is_exact_is_multiplied_in_full_precision(monkeypatch, platform):
+    monkeypatch.setattr(partition, "platform", lambda: platform)
+    codec = patches.fit_patch_codec(digits.load_splits()["tune"].images[:8], 14, 0, smooth=1)
+    head = flow.GaussianHead(tiny.flow(), rngs=nnx.Rngs(0))
+    hidden = jnp.zeros((2, tiny.flow().width))
+    x = jnp.zeros((1, 196, 4))
+
+    def products(function, *arrays):
+        with jax.default_matmul_precision(None):  # as the commands run, other than the tests
+            text = str(jax.make_jaxpr(function)(*arrays))
+        return text.count("dot_general["), text.count("precision=(Precision.HIGHEST")
+
+    def check(function, *arrays):
+        count, full = products(function, *arrays)
+        assert count > 0 and full == (0 if platform == "cpu" else count)
+
+    check(lambda x: codec.decode(x), x)
+    check(lambda images: codec.encode(images, 0.5), jnp.zeros((1, 28, 28, 1)))
+    loss = lambda hidden: sum(a.sum() for a in head(hidden))
+    check(jax.value_and_grad(loss), hidden)
 
 
 def gaussians(seed=0, shape=(7, 3)):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import tiny
 from flax import nnx
 
@@ -178,7 +179,12 @@ def test_the_learned_prior(x64):
     config, side = model.config, given(model.config)
     noise = config.patchify(images(config))
     sample = config.unpatchify(reverse(model, noise, side)[-1])
-    z = forward(model, sample, side).z
+    passed = forward(model, sample, side)
+    z = passed.z
+    # The likelihood is that of what `reverse` samples: N(0, variance), nowhere stretched.
+    density = scipy.stats.norm.logpdf(z, scale=jnp.sqrt(variance).reshape(2, 2, 4))
+    tiny.close(passed.log_prob, density.sum((1, 2, 3)), 1e-10)
+    tiny.close(passed.loss, np.square(z).mean() / 2, 1e-12)  # which the variance does not enter
     tiny.close(z, noise * jnp.sqrt(variance).reshape(2, 2, 4), 1e-10)
     after = starflow.tracked_variance(variance, z)
     tiny.close(after, 0.9 * variance + 0.1 * np.square(z).mean(0).reshape(4, 4), 1e-12)

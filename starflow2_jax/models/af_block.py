@@ -126,7 +126,8 @@ class GaussianHead(nnx.Module):
 
     def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[..., D] -> mu, sigma [..., C], at least float32."""
-        out = self.proj(hidden.astype(layers.at_least_float32(hidden.dtype)))
+        with layers.full_precision():
+            out = self.proj(hidden.astype(layers.at_least_float32(hidden.dtype)))
         if self.soft_clip is not None:
             out = self.soft_clip * jnp.tanh(out / self.soft_clip)
         if self.scale == "none":

@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from starflow2_jax.models.fae import FeatureFAE
 from starflow2_jax.models.latents import LatentCodec
@@ -84,6 +85,16 @@ class FAECodec:
         fae = self.model.fae
         pixels = fae.decode(fae.latents.denormalise(x).astype(self.dtype))
         return 2.0 * pixels - 1.0
+
+    def decoder(self) -> "FAECodec":
+        """The same arrays without what only encodes pictures; of latents it gives what this does.
+
+        The ViT is several times as large as all the rest.
+        """
+        model = nnx.clone(self.model, variables=False)
+        model.vit = nnx.data(None)
+        del model.fae.encoder
+        return dataclasses.replace(self, model=model)
 
     def to_uint8(self, x: jax.Array) -> jax.Array:
         """x [B, N, C] -> 8-bit images."""

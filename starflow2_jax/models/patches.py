@@ -16,6 +16,7 @@ import numpy as np
 import scipy.fft
 
 from starflow2_jax.models.codec import Codec
+from starflow2_jax.nn.layers import full_precision
 
 
 def image_noise(
@@ -74,7 +75,9 @@ class PatchCodec:
         """uint8 [B, H, W, channels] and U[0, 1) noise of that shape -> x [B, N, C]."""
         pixels = dequantised(images, uniform).reshape(images.shape[0], -1)
         patches = pixels[:, self.order].reshape(images.shape[0], -1, len(self.basis))
-        return jnp.einsum("bpk,kpc->bkc", patches @ self.basis, self.waves) / self.divisors
+        with full_precision():
+            x = jnp.einsum("bpk,kpc->bkc", patches @ self.basis, self.waves)
+        return x / self.divisors
 
     def latents(
         self,
@@ -92,8 +95,9 @@ class PatchCodec:
 
     def decode(self, x: jax.Array) -> jax.Array:
         """x [B, N, C] -> real pixels [B, H, W, channels] on the [-1, 1) scale."""
-        coefficients = jnp.einsum("bkc,kpc->bpk", x * self.divisors, self.waves)
-        patches = coefficients @ self.basis.T  # [B, P, K]
+        with full_precision():
+            coefficients = jnp.einsum("bkc,kpc->bpk", x * self.divisors, self.waves)
+            patches = coefficients @ self.basis.T  # [B, P, K]
         pixels = patches.reshape(len(x), -1)[:, jnp.argsort(self.order)]
         return pixels.reshape(len(x), *self.shape)
 

@@ -60,6 +60,9 @@ class PretzelConfig:
     special: SpecialTokens
     dtype: str = "bfloat16"
 
+    def __post_init__(self) -> None:
+        layers.check_compute_dtype(self.dtype)
+
 
 QWEN_SPECIAL_TOKENS = SpecialTokens(
     vision_start=151652, vision_end=151653, image_pad=151655, end=151645, video_pad=151656

@@ -72,6 +72,7 @@ class StarFlowConfig:
     def __post_init__(self) -> None:
         if not self.depths:
             raise ValueError("a flow needs at least one block")
+        layers.check_compute_dtype(self.dtype)
         self.blocks()  # which checks each of them
 
     def blocks(self) -> tuple[BlockConfig, ...]:
@@ -162,6 +163,7 @@ class TarFlowConfig:
                 f"{self.count} blocks over patches of {self.patch} of {self.size} pixels; expected "
                 "at least one block, and patches that divide the pixels"
             )
+        layers.check_compute_dtype(self.dtype)
         self.blocks()  # which checks each of them
 
     @property
@@ -241,10 +243,12 @@ class Passed:
     Attributes:
         outputs: K + 1 arrays [B, h, w, C]: the patches, then what each block makes of them.
         log_dets: K arrays [B, h, w, C], -log sigma.
+        prior_variance: [h, w, C], of the noise that is sampled from; None: 1.
     """
 
     outputs: list[jax.Array]
     log_dets: list[jax.Array]
+    prior_variance: jax.Array | None = None
 
     @property
     def z(self) -> jax.Array:
@@ -253,7 +257,7 @@ class Passed:
 
     @property
     def loss_prior(self) -> jax.Array:
-        """Mean of z^2 / 2; scalar."""
+        """Mean of z^2 / 2, whatever the prior's variance is; scalar."""
         return 0.5 * jnp.square(self.z).mean()
 
     @property
@@ -274,8 +278,11 @@ class Passed:
     @property
     def log_prob(self) -> jax.Array:
         """log p(image), with every constant, [B]."""
-        per_dim = standard_normal_log_prob(self.z) + sum(self.log_dets)
-        return per_dim.sum((1, 2, 3))
+        prior = standard_normal_log_prob(self.z)
+        if self.prior_variance is not None:
+            scaled = self.z / jnp.sqrt(self.prior_variance)
+            prior = standard_normal_log_prob(scaled) - 0.5 * jnp.log(self.prior_variance)
+        return (prior + sum(self.log_dets)).sum((1, 2, 3))
 
 
 class PriorVariance(nnx.Variable):
@@ -326,7 +333,10 @@ class ImageFlow(nnx.Module):
             x = z[:, block.order].reshape(x.shape)
             outputs.append(x)
             log_dets.append(log_det[:, block.order].reshape(x.shape))
-        return Passed(outputs, log_dets)
+        variance = self.prior_variance
+        if variance is not None:
+            variance = variance[...].astype(x.dtype).reshape(x.shape[1:])
+        return Passed(outputs, log_dets, variance)
 
     def reverse(
         self,

@@ -28,7 +28,10 @@ APART_BYTES = 2**24
 FEW_ROWS = 8
 # On an accelerator, attention of at least this many positions is its own kernel's.
 KERNEL_SIZE = 128
+# Up to so many positions, plain products do what the kernel has no form for.
+PLAIN_SIZE = 4096
 TPU_LANES = 128
+_KERNELS = {"tpu": "splash", "cuda": "cudnn"}
 
 
 @jax.tree_util.register_dataclass
@@ -213,12 +216,11 @@ def attend(
         return _attend_in_windows(q, k, v, spec, past)
     if past is not None and spec.segments is not None:
         raise ValueError("a cached row is one segment: pass lengths, not segments, with a cache")
-    size = q.shape[1]
-    platform = partition.platform() if past is None and size >= KERNEL_SIZE else None
-    if platform == "tpu":
+    kernel = None if past is not None else _kernel(q)
+    if kernel == "splash":
         return _attend_by_splash(q, k, v, spec)
     q, k, v = (checkpoint_name(a, attention_kernels.QKV) for a in (q, k, v))
-    if platform == "cuda":
+    if kernel == "cudnn":
         return _attend_by_cudnn(q, k, v, spec)
     # Of folded heads, the scores are those of the narrow ones: scale first.
     q, fold = _scaled(q, spec), 1 if past is None else past.k.shape[-1] // q.shape[-1]
@@ -230,6 +232,36 @@ def attend(
         mixed = _attend_with_past(q, k, v, spec, past)
     mixed = mixed if fold == 1 else _unfolded(mixed, fold)
     return partition.constrain(mixed, ("batch", "length", "heads", None, None))
+
+
+def _kernel(q: jax.Array) -> str | None:
+    """The kernel for queries without a past: "splash" or "cudnn"; None: plain products.
+
+    A kernel with no form for these queries is chosen for long rows all the same, and says so.
+    """
+    size, platform = q.shape[1], partition.platform()
+    if size < KERNEL_SIZE or platform not in _KERNELS:
+        return None
+    if platform == "tpu":
+        fits = q.shape[-1] <= max(attention_kernels.SPLASH_HEAD_DIMS)
+    else:
+        fits = q.dtype in attention_kernels.CUDNN_DTYPES
+    fits = fits and partition.axis_extent("length") == 1
+    return _KERNELS[platform] if fits or size > PLAIN_SIZE else None
+
+
+def check_length(size: int) -> None:
+    """Checks that rows of this many positions can be cut as mesh and rules in context cut them.
+
+    Raises:
+        ValueError: they are too long for that.
+    """
+    shards = partition.axis_extent("length")
+    if size > PLAIN_SIZE and shards > 1 and partition.platform() in _KERNELS:
+        raise ValueError(
+            f"attention over {size} positions wants whole rows on a device, not {shards} parts of "
+            f"them: sequence=1, or rows of at most {PLAIN_SIZE}"
+        )
 
 
 def weights(q: jax.Array, k: jax.Array, spec: AttentionSpec) -> jax.Array:
@@ -323,9 +355,11 @@ def _attend_by_splash(
     # Narrower heads are filled up with zeros, which change no score and give zeros.
     wide = next((d for d in kernels.SPLASH_HEAD_DIMS if d >= q.shape[-1]), None)
     if wide is None:
-        raise ValueError(f"TPU attention has heads of at most 128 dims, not {q.shape[-1]}")
-    if partition.axis_extent("length") > 1:
-        raise ValueError("TPU attention wants whole rows on a device: sequence=1 in the mesh")
+        raise ValueError(
+            f"TPU attention of more than {PLAIN_SIZE} positions has heads of at most 128 dims, not "
+            f"{q.shape[-1]}"
+        )
+    check_length(q.shape[1])
     fill = lambda a: jnp.pad(a, ((0, 0),) * (a.ndim - 1) + ((0, wide - a.shape[-1]),))
     segments = spec.segments
     if spec.lengths is not None:
@@ -342,8 +376,12 @@ def _attend_by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSp
     """`attend` without a past by cuDNN."""
     if spec.segments is not None and spec.lengths is not None:
         raise ValueError("cuDNN attention takes segments or lengths, not both")
-    if partition.axis_extent("length") > 1:
-        raise ValueError("cuDNN attention wants whole rows on a device: sequence=1 in the mesh")
+    if q.dtype not in attention_kernels.CUDNN_DTYPES:
+        raise ValueError(
+            f"cuDNN attention of more than {PLAIN_SIZE} positions is in bfloat16 or float16, not "
+            f"{q.dtype}"
+        )
+    check_length(q.shape[1])
     q = q if spec.temperature is None else _scaled(q, spec) * math.sqrt(q.shape[-1])
     return attention_kernels.cudnn(q, k, v, spec.lengths, spec.segments, spec.causal)
 

@@ -24,6 +24,8 @@ SPLASH_HEAD_DIMS = (64, 128)
 # Positions last: they fill the 128 places that TPUs store a last axis in, where a head of 64 would
 # leave half of them empty, and the halves that a rotation takes are then whole rows.
 _LAYOUT = splash_attention_kernel.QKVLayout.SEQ_MINOR
+CUDNN_DTYPES = (jnp.float16, jnp.bfloat16)
+"""What cuDNN computes in."""
 CUDNN_SEGMENTS = 32
 """Segments of a row, at most, that cuDNN is told of."""
 QKV = "qkv"
@@ -137,9 +139,10 @@ def cudnn(
         q: [B, T, K, G, d], not scaled.
         k, v: [B, T, K, d].
         lengths: int32 [B], real positions of each row, or None.
-        segments: int32 [B, T], ascending, then 0; a position sees its own segment. None: one. Not
-            together with lengths. A row that they are not in order in, or with more than
-            `CUDNN_SEGMENTS`, is NaN: cuDNN would see something else.
+        segments: int32 [B, T]; a position sees its own segment. None: one. Not together with
+            lengths. Where attention is causal they ascend, then come zeros: a row in which they do
+            not, and any row with more than `CUDNN_SEGMENTS`, is NaN: cuDNN would see something
+            else.
         causal: position q sees k <= q only.
 
     Returns:
@@ -203,10 +206,39 @@ def packed_offsets(segments: jax.Array, most: int) -> tuple[jax.Array, jax.Array
     return jnp.where(first < size, first, -1), lengths, good
 
 
+def by_segment(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The order in which each row's segments ascend, padding last, and the way back.
+
+    Args:
+        segments: int32 [B, T], 0 padding.
+
+    Returns:
+        int32 [B, T] twice: the position that goes to each place, and the place of each position.
+    """
+    last = jnp.iinfo(segments.dtype).max
+    order = jnp.argsort(jnp.where(segments == 0, last, segments), axis=1, stable=True)
+    return order, jnp.argsort(order, axis=1)
+
+
 def _cudnn_packed(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, causal: bool
 ) -> jax.Array:
     """Rows of several segments [B, T, H, d], by the offsets of the segments."""
+    if not causal:
+        # Without an order in time a segment's positions may stand anywhere: pictures whose windows
+        # are filled up have padding inside. cuDNN wants each segment in one piece.
+        order, back = by_segment(segments)
+        move = lambda a, to: jnp.take_along_axis(a, to[:, :, None, None], axis=1)
+        segments = jnp.take_along_axis(segments, order, axis=1)
+        pieces = (move(a, order) for a in (q, k, v))
+        return move(_cudnn_runs(*pieces, segments, causal), back)
+    return _cudnn_runs(q, k, v, segments, causal)
+
+
+def _cudnn_runs(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, causal: bool
+) -> jax.Array:
+    """`_cudnn_packed` with the segments in order."""
     # jax.nn has no argument for them.
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 

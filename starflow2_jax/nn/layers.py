@@ -5,6 +5,7 @@ Every parameter may carry leading `stack` axes, so that layers of one kind live 
 Letters: D model width, F MLP width.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -25,9 +26,33 @@ FEW_VECTORS = 32
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
 
+def check_compute_dtype(name: str) -> None:
+    """Checks the name of a type to compute in.
+
+    Raises:
+        ValueError: it is none of floating-point numbers.
+    """
+    try:
+        known = jnp.issubdtype(jnp.dtype(name), jnp.floating)
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(f"dtype {name!r} is unknown; expected for example bfloat16 or float32")
+
+
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
     """float32 for narrower types; float64 stays float64."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def full_precision() -> contextlib.AbstractContextManager[None]:
+    """A context in which accelerators multiply float32 as float32, as CPUs always do.
+
+    By default TPUs round the factors to bfloat16, and GPUs to TensorFloat-32.
+    """
+    if partition.platform() == "cpu":
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision("highest")
 
 
 def uniform_fan_in(fan_in: int) -> Initializer:

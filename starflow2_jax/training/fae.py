@@ -24,6 +24,7 @@ from starflow2_jax.models.discriminator import Discriminator, DiscriminatorConfi
 from starflow2_jax.models.fae import FAEConfig, FeatureFAE, Moments
 from starflow2_jax.models.lpips import LPIPS
 from starflow2_jax.nn.decoder import DecoderConfig
+from starflow2_jax.nn.layers import check_compute_dtype
 from starflow2_jax.parallel import rules
 from starflow2_jax.parallel.distributed import fetch
 from starflow2_jax.training.fae_losses import (
@@ -73,6 +74,9 @@ class FAEStage:
     dtype: str = "float32"
     draws: bool = True
     averaged: bool = True
+
+    def __post_init__(self) -> None:
+        check_compute_dtype(self.dtype)
 
     @property
     def adversarial(self) -> bool:
@@ -143,7 +147,7 @@ def stages_of(groups: Mapping[str, Mapping[str, Any]], tokens: int) -> tuple[FAE
             if "weights" in fields:
                 fields["weights"] = PixelWeights(**fields["weights"])
             made.append(FAEStage(name, trains, tokens, source, **fields))
-        except TypeError as error:
+        except (ValueError, TypeError) as error:
             raise UserError(f"config.fae_stages.{name}: {error}") from error
     return tuple(made)
 

@@ -5,6 +5,7 @@ samples drawn on the way; and at the end `model/`, see `bundle` and `flow_bundle
 """
 
 import dataclasses
+import difflib
 import functools
 import itertools
 import pathlib
@@ -23,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from starflow2_jax.data.pipeline import HostBatch
 from starflow2_jax.errors import Interrupted, UserError
 from starflow2_jax.metrics import MetricsWriter, Progress
+from starflow2_jax.nn import attention
 from starflow2_jax.parallel import mesh as meshes
 from starflow2_jax.parallel import rules
 from starflow2_jax.parallel.cpu import keep_freed_memory
@@ -44,17 +46,25 @@ class ConfigFile(Protocol):
 
 @dataclasses.dataclass
 class _Run:
-    """What all stages of a run share."""
+    """What all stages of a run share.
+
+    Attributes:
+        model: of the next stage; None while a stage runs: what it trains is then in its state
+            alone.
+        frozen_checksum: of what no stage but the first may change; "" before it is known, and
+            where there is nothing of the kind.
+    """
 
     config: ml_collections.ConfigDict
     task: Task
     workdir: pathlib.Path
     mesh: Mesh
     constants: Any
-    model: nnx.Module
+    model: nnx.Module | None
     metrics: MetricsWriter
     stop: Interruptible
     peak_flops: float | None
+    frozen_checksum: str = ""
 
     def rows(self, stage: str) -> int:
         """Of a stage's batch, in the whole job."""
@@ -93,18 +103,21 @@ def run(
     """
     if jax.default_backend() == "cpu":
         keep_freed_memory()
+    _check_numbers(config)
     try:
         mesh = meshes.make_mesh(meshes.MeshConfig(**config.mesh))
         for name in config.stages:
             stage = config.stages[name]
             parts = step_config(stage).accumulate
             meshes.check_batch(stage.batch.rows, mesh, parts)
-    except ValueError as error:
+            with rules.use(mesh):
+                attention.check_length(stage.batch.get("length", 0))
+    except (ValueError, TypeError) as error:
         raise UserError(f"config.mesh: {error}") from error
     if (workdir / "model" / "model.json").is_file():
         print(f"{workdir} is finished: all stages are trained")
         return
-    task = module.make_task(config, workdir)
+    task = _make_task(config, module, workdir)
     for stage in task.stages:  # what a later stage's data lack is said now, before anything is read
         if stage.name in config.stages:
             for held_out in (False, True):
@@ -116,33 +129,90 @@ def run(
             workdir, enabled=jax.process_index() == 0, wandb=config.get("wandb")
         ) as metrics,
     ):
-        given = task.given(mesh)
-        model = rules.born_sharded(lambda: task.make_model(config.seed), mesh, given)
         constants = jax.device_put(task.constants, NamedSharding(mesh, jax.P()))
+        model = rules.born_sharded(lambda: task.make_model(config.seed), mesh, task.given(mesh))
         this = _Run(config, task, workdir, mesh, constants, model, metrics, stop, peak_flops)
+        del model  # or its start would stay on the devices beside what the stages make of it
         ema = None
-        frozen_checksum = _frozen_checksum(this) if given else ""
         for stage in task.stages:
             if stage.name in config.stages:
-                ema = _run_stage(this, stage, frozen_checksum)
-            if not frozen_checksum:
-                frozen_checksum = _frozen_checksum(this)
+                ema = None
+                ema = _run_stage(this, stage)
         metadata = {
             "config": to_json(config),
             "seed": config.seed,
             "git_revision": git_revision(),
         }
-        if frozen_checksum:
+        before = this.frozen_checksum or _frozen_checksum(this)
+        if before:
             metadata |= {
-                "frozen_checksum_before": frozen_checksum,
+                "frozen_checksum_before": before,
                 "frozen_checksum_after": _frozen_checksum(this),
             }
         task.save(workdir / "model", ema, metadata)
 
 
-def _frozen_checksum(this: _Run) -> str:
+def _check_numbers(config: ml_collections.ConfigDict) -> None:
+    """Checks what a stage would only find out when it begins.
+
+    Raises:
+        UserError: one of them is wrong.
+    """
+    counts = {
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+        "checkpoint.keep_every": config.checkpoint.get("keep_every"),
+        "evaluation.every": config.evaluation.every,
+        "evaluation.batches": config.evaluation.batches,
+        "log_every": config.log_every,
+    }
+    for name in config.stages:
+        stage = config.stages[name]
+        counts[f"stages.{name}.batch.rows"] = stage.batch.rows
+        try:
+            counts[f"stages.{name}.optimizer.accumulate"] = step_config(stage).accumulate
+            step_config(stage).optimizer()
+        except (ValueError, TypeError) as error:
+            raise UserError(f"config.stages.{name}.optimizer: {error}") from error
+    for key, count in counts.items():
+        if count is not None and count < 1:
+            raise UserError(f"config.{key} is {count}; it has to be at least 1")
+
+
+def _make_task(
+    config: ml_collections.ConfigDict, module: ConfigFile, workdir: pathlib.Path
+) -> Task:
+    """The config file's task, whose model can be built and whose stages are the config's.
+
+    Raises:
+        UserError: a config of no model, or of other stages.
+    """
+    try:
+        task = module.make_task(config, workdir)
+        nnx.eval_shape(lambda: task.make_model(config.seed))
+    except (ValueError, TypeError) as error:
+        where = getattr(module, "__file__", None) or "the config"
+        message = " ".join(str(error).split())
+        raise UserError(f"{where} makes no model of this config: {message}") from error
+    names = [stage.name for stage in task.stages]
+    if not set(config.stages):
+        raise UserError(f"config.stages is empty: there is nothing to train of {', '.join(names)}")
+    for name in sorted(set(config.stages) - set(names)):
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"config.stages.{name}: there is no such stage; did you mean {near}? "
+            f"(there are {', '.join(names)})"
+        )
+    return task
+
+
+def _frozen_checksum(this: _Run, trained: nnx.State | None = None) -> str:
+    """Of what no stage but the first may change; "" where that is nothing, or is being trained."""
     frozen = this.task.frozen(this.model)
-    return "" if frozen is None else checksum(frozen)
+    if frozen is None:
+        return ""
+    now = {id(leaf) for leaf in jax.tree.leaves(trained)}
+    return "" if any(id(leaf) in now for leaf in jax.tree.leaves(frozen)) else checksum(frozen)
 
 
 def step_config(group: ml_collections.ConfigDict) -> StepConfig:
@@ -150,7 +220,7 @@ def step_config(group: ml_collections.ConfigDict) -> StepConfig:
     return StepConfig(**group.optimizer)
 
 
-def _run_stage(this: _Run, stage: Stage, frozen_checksum: str) -> nnx.Module:
+def _run_stage(this: _Run, stage: Stage) -> nnx.Module:
     """Trains (or finishes, or only loads) one stage; leaves the model of the next in `this.model`.
 
     Returns:
@@ -161,6 +231,9 @@ def _run_stage(this: _Run, stage: Stage, frozen_checksum: str) -> nnx.Module:
     number = list(this.task.stages).index(stage)
     seed = this.config.seed + number
     graphdef, trainable, frozen = nnx.split(this.model, stage.trainable, ...)
+    if not this.frozen_checksum:  # what is frozen may have come with `prepare`
+        this.frozen_checksum = _frozen_checksum(this, trainable)
+    this.model = None
     make_state = functools.partial(init_state, config=config, seed=seed)
     abstract = rules.abstract(jax.eval_shape(make_state, trainable), this.mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -176,18 +249,20 @@ def _run_stage(this: _Run, stage: Stage, frozen_checksum: str) -> nnx.Module:
             metadata = {
                 "stage": stage.name,
                 "seconds": 0.0,
-                "frozen_checksum": frozen_checksum,
+                "frozen_checksum": this.frozen_checksum,
                 "config": to_json(this.config),
                 "git_revision": git_revision(),
             }
         else:
             state, metadata = checkpoints.restore(latest, abstract, batches)
-            if metadata["frozen_checksum"] != frozen_checksum:
+            recorded = metadata["frozen_checksum"]
+            if recorded and recorded != this.frozen_checksum:
                 raise UserError(
                     f"{folder / str(latest)} was trained on other frozen weights (checksum "
-                    f"{metadata['frozen_checksum'][:12]}, now {frozen_checksum[:12]}); restore "
-                    "them, or use another workdir"
+                    f"{recorded[:12]}, now {this.frozen_checksum[:12]}); restore them, or use "
+                    "another workdir"
                 )
+        del trainable  # the state has copies of its own
         if latest != config.steps:
             later = [s.name for s in this.task.stages[number + 1 :]]
             this.metrics.truncate_after(stage.name, latest or 0, later=later)

@@ -17,6 +17,7 @@ from starflow2_jax.data.sequences import ImageShape
 from starflow2_jax.data.tokenizer import Tokenizer
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.codec import Codec
+from starflow2_jax.models.fae_codec import FAECodec
 from starflow2_jax.models.flow import FlowConfig
 from starflow2_jax.models.pretzel import Pretzel, PretzelConfig
 from starflow2_jax.models.qwen2_5_vl import LanguageModelConfig
@@ -162,14 +163,14 @@ class PretzelTask:
         """Drawings of fixed prompts."""
         # The codec goes where the model is: both make the pictures.
         mesh = jax.tree.leaves(nnx.state(model))[0].sharding.mesh
-        bundle = self._bundle(model, {})
-        codec = jax.device_put(bundle.codec, jax.NamedSharding(mesh, jax.P()))
-        self.draw_samples(dataclasses.replace(bundle, codec=codec), folder, name)
+        codec = self.data.codec if self.load_codec is None else self.load_codec()
+        if isinstance(codec, FAECodec):
+            codec = codec.decoder()
+        codec = jax.device_put(codec, jax.NamedSharding(mesh, jax.P()))
+        bundle = Bundle(model, codec, self.data.tokenizer, self.data.image, {})
+        self.draw_samples(bundle, folder, name)
 
     def save(self, folder: pathlib.Path, model: Pretzel, metadata: Mapping[str, Any]) -> None:
         """See `bundle`."""
-        save_bundle(folder, self._bundle(model, metadata))
-
-    def _bundle(self, model: Pretzel, metadata: Mapping[str, Any]) -> Bundle:
         codec = self.data.codec if self.load_codec is None else self.load_codec()
-        return Bundle(model, codec, self.data.tokenizer, self.data.image, metadata)
+        save_bundle(folder, Bundle(model, codec, self.data.tokenizer, self.data.image, metadata))

@@ -23,7 +23,9 @@ def warmup_cosine(
         ValueError: the warm-up is not within the total.
     """
     if not 0 <= warmup < total:
-        raise ValueError(f"a warm-up of {warmup} steps does not fit into {total}")
+        raise ValueError(
+            f"warmup={warmup} does not fit into steps={total}: it is at least 0 and less than steps"
+        )
     start = min(minimum, 1e-6) if start is None else start
 
     def rate(step: jax.Array | int) -> jax.Array:

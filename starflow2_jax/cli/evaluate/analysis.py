@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     """
     from starflow2_jax.evaluation import analysis, analysis_plots
     from starflow2_jax.evaluation.dataset import drawing, open_dataset
-    from starflow2_jax.flow_bundle import model_folder
+    from starflow2_jax.model_folder import finished
     from starflow2_jax.provenance import write_json
 
     if args.guidance < 0 or args.seed < 0:
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         index=args.index,
         template=args.template,
     )
-    out = pathlib.Path(args.out) if args.out else model_folder(folder) / "analysis"
+    out = pathlib.Path(args.out) if args.out else finished(folder) / "analysis"
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -101,8 +101,9 @@ def _of_images(args: argparse.Namespace) -> None:
     from starflow2_jax.data.images import open_folder
     from starflow2_jax.evaluation.image_likelihood import SUMMARY as SUMMARY_FILE
     from starflow2_jax.evaluation.image_likelihood import write_likelihoods
-    from starflow2_jax.flow_bundle import load_image_flow, model_folder, read_description
+    from starflow2_jax.flow_bundle import load_image_flow, read_description
     from starflow2_jax.metrics import Progress
+    from starflow2_jax.model_folder import finished
     from starflow2_jax.models.starflow import TarFlowConfig
 
     folder = pathlib.Path(args.model)
@@ -121,7 +122,7 @@ def _of_images(args: argparse.Namespace) -> None:
     # A converted model has classes, but no names for them.
     classes = tuple(record.get("classes") or (str(i) for i in range(config.classes)))
     data = open_folder(args.data[0], config.size, config.channels, classes or None)
-    out = pathlib.Path(args.out) if args.out else model_folder(folder) / "likelihood"
+    out = pathlib.Path(args.out) if args.out else finished(folder) / "likelihood"
     progress = Progress("likelihood", len(data), unit="images")
     summary = write_likelihoods(
         load_image_flow(folder),
@@ -141,7 +142,7 @@ def _of_conversations(args: argparse.Namespace) -> None:
     import jax
 
     from starflow2_jax.evaluation import likelihood_job
-    from starflow2_jax.flow_bundle import model_folder
+    from starflow2_jax.model_folder import finished
     from starflow2_jax.parallel.distributed import join_job
 
     join_job()
@@ -149,7 +150,7 @@ def _of_conversations(args: argparse.Namespace) -> None:
     if args.no_bayes:
         raise UserError(f"--no-bayes is for image flows; {folder} is a STARFlow2 model")
     model = load_model(args)
-    out = pathlib.Path(args.out) if args.out else model_folder(folder) / args.score
+    out = pathlib.Path(args.out) if args.out else finished(folder) / args.score
     setting = likelihood_job.Setting(
         score=args.score,
         data=tuple(args.data),
