@@ -38,7 +38,13 @@ from starflow2_jax.sampling.engine import EngineConfig
 from starflow2_jax.sampling.generate import Event, Output
 from starflow2_jax.sampling.jacobi import JacobiConfig
 from starflow2_jax.sampling.prompts import Image, Row
-from starflow2_jax.sampling.state import RowSettings, row_settings
+from starflow2_jax.sampling.state import (
+    LIMITS,
+    RowSettings,
+    check_number,
+    check_seed,
+    row_settings,
+)
 from starflow2_jax.sampling.text import TextPieces
 
 if TYPE_CHECKING:
@@ -70,6 +76,16 @@ class Sampling:
     max_images: int | Sequence[int] = 4
     seed: int | Sequence[int] = 0
     stop: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raises UserError for a number out of range, or an empty stop string."""
+        check_seed(self.seed)
+        for name in LIMITS:
+            value = getattr(self, name)
+            check_number(name, value)
+            row_settings(np.size(value), **{name: value})  # which says whether its type holds it
+        if not all(self.stop):
+            raise UserError("a stop string is empty")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -413,6 +429,7 @@ class Model:
         self, prompts: Sequence[int], sampling: Sampling, context: int | None
     ) -> dict[str, Any]:
         """Arguments of `generate` for the prompts of these indices."""
+        sampling.check()
 
         def pick(value: Any) -> Any:
             return value if np.ndim(value) == 0 else [value[i] for i in prompts]

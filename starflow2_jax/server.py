@@ -243,7 +243,10 @@ def read_messages(
     return turns
 
 
-def _number(body: Mapping[str, Any], name: str, default: float, kind: type = float) -> Any:
+def _number(
+    body: Mapping[str, Any], name: str, default: float, kind: type = float, below: int = 2**31
+) -> Any:
+    """A field's number; a whole one is under `below`, as what it is stored in holds no more."""
     value = body.get(name)
     if value is None:
         return default
@@ -251,12 +254,14 @@ def _number(body: Mapping[str, Any], name: str, default: float, kind: type = flo
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
-        or not math.isfinite(value)
+        or not abs(value) < math.inf
         or (kind is int and not whole)
     ):
         raise UserError(
             f"{name} is {value!r}, expected {'an integer' if kind is int else 'a number'}"
         )
+    if value >= (below if kind is int else np.finfo(np.float32).max.item()):
+        raise UserError(f"{name} is {value!r}, which is too large")
     return kind(value)
 
 
@@ -264,7 +269,7 @@ def read_sampling(body: Mapping[str, Any], most_images: int) -> Sampling:
     """The sampling that a request asks for.
 
     Raises:
-        UserError: a field of another kind.
+        UserError: a field of another kind, or out of range.
     """
     if _number(body, "n", 1, int) != 1:
         raise UserError("n is 1: ask several times, with several seeds")
@@ -273,13 +278,11 @@ def read_sampling(body: Mapping[str, Any], most_images: int) -> Sampling:
     if not isinstance(stop, list | tuple) or not all(isinstance(s, str) and s for s in stop):
         raise UserError("stop is a text or a list of texts")
     tokens = _number(body, "max_tokens", 64, int)
-    seed = _number(body, "seed", 0, int)
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed is {seed}, expected at least 0 and below 2**32")
+    seed = _number(body, "seed", 0, int, below=2**32)
     images = _number(body, "max_images", most_images, int)
     if images > most_images:
         raise UserError(f"max_images is {images}; this server draws at most {most_images} a reply")
-    return Sampling(
+    sampling = Sampling(
         guidance=_number(body, "guidance", 0.0),
         image_temperature=_number(body, "image_temperature", 1.0),
         temperature=_number(body, "temperature", 0.0),
@@ -289,6 +292,8 @@ def read_sampling(body: Mapping[str, Any], most_images: int) -> Sampling:
         seed=seed,
         stop=tuple(stop),
     )
+    sampling.check()
+    return sampling
 
 
 async def _body(request: Request, limit: int) -> dict[str, Any]:

@@ -233,10 +233,11 @@ class Chat:
 
         Raises:
             UserError: special tokens in a text, an image of another size, more than the context
-                holds.
+                holds; a number out of range.
         """
         prompt = self._prompt(Turn("user", parts), draw)
         sampling = dataclasses.replace(self.sampling, **changes)
+        sampling.check()
         # Another stream of random numbers for each reply.
         seed = np.random.SeedSequence([sampling.seed, len(self.turns)]).generate_state(1)[0]
         sampling = dataclasses.replace(sampling, seed=int(seed))

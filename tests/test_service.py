@@ -239,6 +239,28 @@ def test_chat_in_the_terminal(folder, tmp_path, capsys, monkeypatch):
     assert "starflow2 sample" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--seed", "-1"], "seed is -1"),
+        (["--max-new-tokens", "9999999999"], "max_new_tokens is 9999999999"),
+        (["--temperature", "inf"], "temperature is inf"),
+        (["--image-temperature", "1e39"], "image_temperature is 1e+39"),
+    ],
+)
+def test_chat_refuses_numbers_before_it_reads_a_model(tmp_path, capsys, options, message):
+    (tmp_path / "model.json").write_text('{"model": {"flow": 0, "special": 0}}')
+    assert run("chat", "--model", tmp_path, "--prompt", "a", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_chat_refuses_no_rows(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("chat", "--model", tmp_path, "--batch", "x", "--rows", 0)
+    assert "--rows: '0' is no positive number" in capsys.readouterr().err
+
+
 def test_pictures_as_text():
     image = np.zeros((3, 2, 3), np.uint8)
     image[0, 0] = (255, 0, 1)

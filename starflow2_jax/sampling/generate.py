@@ -19,7 +19,7 @@ from starflow2_jax.sampling import jacobi as parallel
 from starflow2_jax.sampling import step
 from starflow2_jax.sampling.jacobi import JacobiConfig
 from starflow2_jax.sampling.prompts import Image, Piece, Row, Text, padded
-from starflow2_jax.sampling.state import Mode, RowSettings, SampleState
+from starflow2_jax.sampling.state import LIMITS, Mode, RowSettings, SampleState, check_number
 
 Reason = Literal["end", "stop", "tokens", "images", "context", "cancelled"]
 
@@ -84,17 +84,6 @@ def bucket(size: int, parts: int) -> int:
     return -(-size // grain) * grain
 
 
-# What the numbers of a row's settings may be.
-LIMITS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
-    "temperature": ("at least 0", lambda a: a >= 0),
-    "top_p": ("above 0 and at most 1", lambda a: (a > 0) & (a <= 1)),
-    "image_temperature": ("at least 0", lambda a: a >= 0),
-    "guidance": ("at least 0", lambda a: a >= 0),
-    "max_new_tokens": ("at least 0", lambda a: a >= 0),
-    "max_images": ("at least 0", lambda a: a >= 0),
-}
-
-
 def check_settings(
     settings: RowSettings,
     rows: int,
@@ -103,12 +92,11 @@ def check_settings(
     stop: Stop | None,
 ) -> None:
     """Raises UserError for numbers out of range, ValueError for parts that do not go together."""
-    for name, (limit, inside) in LIMITS.items():
+    for name in LIMITS:
         values = np.asarray(getattr(settings, name))
         if len(values) != rows:
             raise ValueError(f"settings of {len(values)} rows for {rows} prompts")
-        if not inside(values).all():
-            raise UserError(f"{name} is {values[~inside(values)][0]}, expected {limit}")
+        check_number(name, values)
     if stop is not None and not all(stop.strings):
         raise UserError("a stop string is empty")
     if unconditional is None and np.any(np.asarray(settings.guidance) > 0):
