@@ -177,6 +177,8 @@ class Service:
         return images
 
     def _remember(self, image: np.ndarray, u: np.ndarray) -> None:
+        if not np.isfinite(u).all():
+            return  # its pixels may be those of a proper image
         self._latents[_digest(image)] = u
         while len(self._latents) > REMEMBERED:
             self._latents.popitem(last=False)

@@ -167,6 +167,29 @@ def test_what_was_drawn_is_not_read_again(x64):
     assert engine.fed - fed == len(other)
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_what_is_not_finite_stays_with_its_request(monkeypatch, stacked):
+    """Rows, their twins and what is kept of them give later requests the bits of a new engine."""
+    if stacked:  # as on other devices than CPUs
+        monkeypatch.setattr(slots, "for_decoding", lambda model: model)
+    cfg = dataclasses.replace(tiny.config("float32"), special=CONFIG.special)
+    model = tiny.pretzel(cfg, seed=3)
+    sizes = dataclasses.replace(SIZES, rows=2, twins=1, images=1)
+    draw = Request(row_of(Text((1, START))), guidance=1.0, max_images=1, keep=True)
+    wild = [dataclasses.replace(draw, image_temperature=3e38, seed=n) for n in (0, 1)]
+    later = [
+        dataclasses.replace(draw, seed=2),
+        Request(row_of(Text((3, 4))), seed=3, temperature=1.0, max_images=0, max_new_tokens=12),
+        dataclasses.replace(draw, seed=4, guidance=0.0, keep=False),
+    ]
+    engine = make(model, sizes)
+    for pieces, _ in served(engine, wild):
+        assert not np.isfinite(pieces[0]).all()
+    for mine, theirs in zip(served(engine, later), served(make(model, sizes), later), strict=True):
+        assert all(np.isfinite(piece).all() for piece in theirs[0])
+        same(mine, theirs)
+
+
 def test_stop_strings_cancelling_and_refusals(x64):
     engine = make(steered_model((1, (2,)), (2, (3,)), (3, (1,))))
     stop = generate.Stop(("3 1",), lambda ids: " ".join(map(str, ids)))

@@ -97,6 +97,15 @@ def test_an_answer_about_a_drawing_costs_its_question(model, service):
     assert np.abs(rough - whole.u).max() > 1e-3
 
 
+def test_latents_that_are_not_finite_are_not_remembered(model):
+    service = Service(model, EngineConfig(rows=1, context=64, images=1, chunk=16))
+    turns = [Turn("user", ("a handwritten three",))]
+    for heat, remembered in ((3e38, 0), (1.0, 1)):
+        sampling = Sampling(image_temperature=heat, max_images=1)
+        [(parts, _)] = finished(service, [service.ask(turns, sampling, draw=True)])
+        assert parts[0].shape == IMAGES[0].shape and len(service._latents) == remembered
+
+
 def _with(row, u):
     return type(row)(row.tokens, row.kinds, row.positions, u)
 
