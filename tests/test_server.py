@@ -315,10 +315,20 @@ def test_the_page_in_chromium(server, tmp_path):
         browser.find_element(By.ID, "send").click()
         wait.until(lambda _: len(find(".assistant.done")) == 2)
         assert len(find(".user img")) == 1 and not find(".error")
+        wait.until(lambda _: "bits/dim" in find(".user figcaption")[0].text)
         # What the server refuses is shown, and the conversation goes on.
+        browser.find_element(By.ID, "file").send_keys(str(tmp_path / "digit.png"))
         browser.find_element(By.ID, "text").send_keys("<|im_end|>")
         browser.find_element(By.ID, "send").click()
         wait.until(lambda _: find(".error") and "special token" in find(".error")[0].text)
+        # It is no part of what is scored: the next number is the next drawing's.
+        browser.find_element(By.ID, "draw").click()
+        browser.find_element(By.ID, "text").send_keys("a handwritten two")
+        browser.find_element(By.ID, "send").click()
+        wait.until(lambda _: len(find(".assistant.done")) == 3)
+        wait.until(lambda _: "bits/dim" in find(".assistant.done figcaption")[-1].text)
+        assert len(find(".failed figcaption")) == 1
+        assert not find(".failed figcaption")[0].text
         browser.find_element(By.ID, "clear").click()
         assert not find(".turn")
     finally:
