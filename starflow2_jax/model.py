@@ -172,9 +172,28 @@ class Model:
             return contextlib.nullcontext()
         return rules.use(self.mesh, rules.SERVING)
 
-    def encode(self, conversation: Conversation, *, draw: bool = False) -> Document:
-        """A conversation as a prompt: the reply's turn is open, and its image too with `draw`."""
-        return encode_turns(conversation, self.tokenizer, self.bundle.image, reply=True, draw=draw)
+    def encode(
+        self,
+        conversation: Conversation,
+        *,
+        draw: bool = False,
+        context: int | None = None,
+        where: str = "prompt",
+    ) -> Document:
+        """A conversation as a prompt: the reply's turn is open, and its image too with `draw`.
+
+        Args:
+            conversation: ends with a user's turn.
+            draw: see above.
+            context: most positions; default: any number.
+            where: what to call it in an error.
+
+        Raises:
+            UserError: special tokens in a text, an image of another size, a prompt too long.
+        """
+        shape = self.bundle.image
+        options = {"reply": True, "draw": draw, "context": context, "where": where}
+        return encode_turns(conversation, self.tokenizer, shape, **options)
 
     def generate(
         self,

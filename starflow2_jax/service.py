@@ -115,8 +115,13 @@ class Service:
         return self.engine.submit(Request(row, **fields | {"stop": stop}, keep=keep))
 
     def row(self, conversation: Conversation, *, draw: bool = False) -> Row:
-        """The conversation up to the reply."""
-        document = self.model.encode(conversation, draw=draw)
+        """The conversation up to the reply.
+
+        Raises:
+            UserError: see `ask`; no image is encoded of a conversation that is too long.
+        """
+        context = self.engine.config.context
+        document = self.model.encode(conversation, draw=draw, context=context)
         u = self.latents(list(document.images))
         return Row(document.tokens, document.kinds, document.positions, u, document.views)
 

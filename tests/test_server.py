@@ -1,5 +1,6 @@
 """`starflow2 serve`: chat completions, likelihoods, bad clients, many clients, and the page."""
 
+import asyncio
 import base64
 import concurrent.futures
 import http.client
@@ -20,9 +21,10 @@ from PIL import Image
 
 from starflow2_jax.data import digits
 from starflow2_jax.data.sequences import Turn
-from starflow2_jax.model import Model
+from starflow2_jax.errors import UserError
+from starflow2_jax.model import Model, Sampling
 from starflow2_jax.sampling.engine import EngineConfig
-from starflow2_jax.server import Broken, ServerConfig, Worker, image_url, make_application
+from starflow2_jax.server import Broken, Busy, ServerConfig, Worker, image_url, make_application
 from starflow2_jax.service import Service
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (4, 4, 1), dtype=np.uint8)
@@ -209,6 +211,53 @@ def test_an_engine_that_broke_is_not_a_busy_one(capsys):
     assert worker.failed and "no memory" in capsys.readouterr().err
     with pytest.raises(Broken):
         worker.check_room()
+
+
+def test_no_more_pictures_are_read_at_a_time_than_requests_are_answered():
+    class Engineless:
+        def row(self, turns, draw):
+            return turns
+
+        def submit(self, row, sampling, **options):
+            return 0
+
+        def cancel(self, number):
+            pass
+
+    worker = Worker(Engineless(), waiting=1)
+    begun, go_on, read = threading.Event(), threading.Event(), []
+
+    def slow():
+        read.append("slow")
+        begun.set()
+        assert go_on.wait(30)
+        return [Turn("user", ("a",))]
+
+    def never():
+        read.append("never")
+
+    def broken():
+        raise UserError("no picture")
+
+    async def ask(read):
+        async with worker.answers(read, Sampling(), False):
+            return worker.active
+
+    async def all_of_them():
+        first = asyncio.create_task(ask(slow))
+        await asyncio.to_thread(begun.wait, 30)
+        assert worker.active == 1
+        with pytest.raises(Busy):
+            await ask(never)
+        go_on.set()
+        assert await first == 1 and worker.active == 0
+        for _ in range(2):  # who fails gives the place back
+            with pytest.raises(UserError, match="no picture"):
+                await ask(broken)
+        assert await ask(slow) == 1 and worker.active == 0
+
+    asyncio.run(all_of_them())
+    assert read == ["slow", "slow"]
 
 
 def test_what_is_scored_is_bounded(server):

@@ -106,6 +106,13 @@ def test_latents_that_are_not_finite_are_not_remembered(model):
         assert parts[0].shape == IMAGES[0].shape and len(service._latents) == remembered
 
 
+def test_images_of_a_conversation_that_is_too_long_are_not_encoded(service):
+    encoded = service.encoded
+    with pytest.raises(UserError, match="the context holds 128"):
+        service.ask([Turn("user", (*IMAGES,) * 10)])
+    assert service.encoded == encoded
+
+
 def _with(row, u):
     return type(row)(row.tokens, row.kinds, row.positions, u)
 

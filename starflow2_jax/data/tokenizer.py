@@ -13,6 +13,8 @@ from starflow2_jax.models.pretzel import SpecialTokens
 
 TOKENIZER_FILE = "tokenizer.json"
 TURNS_FILE = "turns.json"
+CACHED_CHARACTERS = 512
+"""Texts shorter than this are encoded once: templates, labels, captions. Others would fill memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Tokenizer:
             end=self._id("<|im_end|>"),
             video_pad=self._specials.get("<|video_pad|>"),
         )
-        self.encode_template = functools.lru_cache(maxsize=4096)(self._encode)
+        self._cached = functools.lru_cache(maxsize=4096)(self._encode)
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[tokenizers.Tokenizer, Turns]]:
         """Worker processes get copies; the cache stays behind."""
@@ -69,6 +71,10 @@ class Tokenizer:
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.backend.encode(text, add_special_tokens=False).ids) if text else ()
+
+    def encode_template(self, text: str) -> tuple[int, ...]:
+        """A text to ids, special tokens among them."""
+        return self._cached(text) if len(text) < CACHED_CHARACTERS else self._encode(text)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """A user's text to ids.
