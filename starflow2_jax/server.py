@@ -41,7 +41,7 @@ from starflow2_jax.data.sequences import Part, Turn
 from starflow2_jax.errors import UserError
 from starflow2_jax.model import Sampling, Scores
 from starflow2_jax.sampling.prompts import Row
-from starflow2_jax.service import Answer, Service
+from starflow2_jax.service import Answer, Service, goes_on
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
 MODEL_NAME = "starflow2"
@@ -118,11 +118,12 @@ class Worker:
         if self.active >= self._waiting:
             raise Busy
 
-    def _row(self, read: Callable[[], list[Turn]], draw: bool) -> Row:
+    def _row(self, read: Callable[[], list[Turn]], draw: bool) -> tuple[Row, bool]:
+        """The row, and whether it may reuse what is cached."""
         turns = read()
         if turns[-1].role != "user":
             raise UserError("the last message must be a user's")
-        return self.service.row(turns, draw=draw)
+        return self.service.row(turns, draw=draw), goes_on(turns)
 
     @contextlib.asynccontextmanager
     async def answers(
@@ -147,11 +148,11 @@ class Worker:
             self.check_room()
             self._reading += 1  # pictures are decoded and encoded: no more at a time than answered
         try:
-            row = await run_in_threadpool(self._row, read, draw)
+            row, reuse = await run_in_threadpool(self._row, read, draw)
             with self._lock:  # so that no answer comes before its queue is known
                 if self._failed:
                     raise Broken
-                number = self.service.submit(row, sampling, keep=True)
+                number = self.service.submit(row, sampling, keep=True, reuse=reuse)
                 self._routes[number] = (asyncio.get_running_loop(), queue)
         finally:
             with self._lock:

@@ -93,26 +93,31 @@ class Service:
 
         Args:
             conversation: ends with a user's turn. Images that this service drew are known by their
-                pixels.
+                pixels, where the conversation holds a reply already.
             sampling: how; every field is one number.
             draw: the reply starts with an image, whatever the model would choose.
-            keep: the caches stay for the next turn, until the row is needed.
+            keep: the caches stay for the next turn, until the row is needed; and a conversation
+                that holds a reply already goes on from what is there of it. One that does not is
+                read from its start: its bits depend on nothing that was asked before.
 
         Raises:
             UserError: special tokens in a text, an image of another size, a prompt too long.
         """
         if not conversation or conversation[-1].role != "user":
             raise UserError("a conversation must end with a user's turn")
-        return self.submit(self.row(conversation, draw=draw), sampling, keep=keep)
+        row, reuse = self.row(conversation, draw=draw), keep and goes_on(conversation)
+        return self.submit(row, sampling, keep=keep, reuse=reuse)
 
-    def submit(self, row: Row, sampling: Sampling, *, keep: bool = False) -> int:
-        """`ask` for a row."""
+    def submit(
+        self, row: Row, sampling: Sampling, *, keep: bool = False, reuse: bool = False
+    ) -> int:
+        """`ask` for a row; `keep`, `reuse`: see `engine.Request`."""
         stop = Stop(sampling.stop, self.model.tokenizer.decode) if sampling.stop else None
         fields = {f.name: getattr(sampling, f.name) for f in dataclasses.fields(sampling)}
         for name, value in fields.items():
             if name != "stop" and np.ndim(value):
                 raise ValueError(f"{name} of several requests at once")
-        return self.engine.submit(Request(row, **fields | {"stop": stop}, keep=keep))
+        return self.engine.submit(Request(row, **fields | {"stop": stop}, keep=keep, reuse=reuse))
 
     def row(self, conversation: Conversation, *, draw: bool = False) -> Row:
         """The conversation up to the reply.
@@ -122,25 +127,28 @@ class Service:
         """
         context = self.engine.config.context
         document = self.model.encode(conversation, draw=draw, context=context)
-        u = self.latents(list(document.images))
+        u = self.latents(list(document.images), known=goes_on(conversation))
         return Row(document.tokens, document.kinds, document.positions, u, document.views)
 
-    def latents(self, images: Sequence[np.ndarray], before: int = 0) -> np.ndarray:
+    def latents(
+        self, images: Sequence[np.ndarray], before: int = 0, known: bool = True
+    ) -> np.ndarray:
         """Latents [B, N, C] of a conversation's images uint8 [H, W, channels].
 
         Args:
-            images: in order; those that were drawn here are not encoded.
+            images: in order.
             before: images of the conversation that come before these.
+            known: those that were drawn here are not encoded.
         """
         flow = self.model.pretzel.config.flow
         found = np.zeros((len(images), flow.tokens, flow.channels), np.float32)
         seeds = self.model.reading_seeds(before + len(images))[before:]
         for n, image in enumerate(images):
-            known = self._latents.get(_digest(image))
-            if known is None:
+            u = self._latents.get(_digest(image)) if known else None
+            if u is None:
                 self.encoded += 1
-                known = self.model.latents(image[None], seeds[n : n + 1])[0]
-            found[n] = known
+                u = self.model.latents(image[None], seeds[n : n + 1])[0]
+            found[n] = u
         return found
 
     def cancel(self, number: int) -> None:
@@ -187,6 +195,11 @@ class Service:
         self._latents[_digest(image)] = u
         while len(self._latents) > REMEMBERED:
             self._latents.popitem(last=False)
+
+
+def goes_on(conversation: Conversation) -> bool:
+    """Whether a conversation holds a reply already, and may take up what an earlier request left."""
+    return any(turn.role == "assistant" for turn in conversation)
 
 
 def _digest(image: np.ndarray) -> bytes:
@@ -248,7 +261,8 @@ class Chat:
         # Another stream of random numbers for each reply.
         seed = np.random.SeedSequence([sampling.seed, len(self.turns)]).generate_state(1)[0]
         sampling = dataclasses.replace(sampling, seed=int(seed))
-        number = self.service.submit(prompt, sampling, keep=True)
+        reuse = self.row is not None
+        number = self.service.submit(prompt, sampling, keep=True, reuse=reuse)
         self.turns.append(Turn("user", parts))
         said: list[str | np.ndarray] = []
         answers = self._answers(number)

@@ -105,8 +105,9 @@ def test_a_reply_is_the_services_own(server):
     message = choice["message"]
     assert choice["finish_reason"] == "stop" and len(message["images"]) == 1
     assert pixels(message["images"][0]).shape == (4, 4)
+    reused = server.service.engine.reused
     again = server.chat(text("a handwritten three"), draw=True, **options)[1]
-    assert again["choices"] == reply["choices"]
+    assert again["choices"] == reply["choices"] and server.service.engine.reused == reused
     other = server.chat(text("a handwritten three"), draw=True, **options | {"seed": 4})[1]
     assert other["choices"] != reply["choices"]
     # Read back what was drawn.
@@ -117,6 +118,7 @@ def test_a_reply_is_the_services_own(server):
     ]
     status, content = server.ask("/v1/chat/completions", {"messages": said, "max_tokens": 4})
     assert status == 200, content
+    assert server.service.engine.reused > reused
     status, content = server.ask("/v1/likelihood", {"messages": said})
     found = json.loads(content)
     turns = [

@@ -113,6 +113,26 @@ def test_images_of_a_conversation_that_is_too_long_are_not_encoded(service):
     assert service.encoded == encoded
 
 
+def test_a_conversation_without_a_reply_depends_on_nothing_that_was_asked(model):
+    """Not on caches that start like it, nor on drawings whose pixels it shows."""
+    sizes = EngineConfig(rows=2, context=128, images=2, chunk=64)
+    used, sampling = Service(model, sizes), Sampling(seed=1, max_images=1)
+    u = []
+
+    def drawn(service, *parts):
+        number = service.ask([Turn("user", parts)], sampling, draw=True, keep=True)
+        [image] = [a for _ in iter(lambda: service.busy, False) for a in service.poll()
+                   if a.number == number and a.u is not None]  # fmt: skip
+        u.append(image.u)
+        return image.part
+
+    other = drawn(used, *IMAGES, "which digit is this?")
+    drawn(used, *IMAGES, other, "count up from three")
+    drawn(Service(model, sizes), *IMAGES, other, "count up from three")
+    np.testing.assert_array_equal(u[1], u[2])
+    assert used.engine.reused == 0 and used.encoded == 7
+
+
 def _with(row, u):
     return type(row)(row.tokens, row.kinds, row.positions, u)
 

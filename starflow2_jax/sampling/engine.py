@@ -7,8 +7,8 @@
 
 Rows that write, draw, read their prompts or wait for a twin share every step. The same request with
 the same seed gives the same bits in any row and any company, for one `EngineConfig` and mesh. A
-request with `keep` leaves its row's caches behind: a later one that goes on from there reads only
-what is new, images that were drawn included.
+request with `keep` leaves its row's caches behind: a later one with `reuse` that goes on from there
+reads only what is new, images that were drawn included.
 
 Letters: B rows, T positions, I images, N tokens per image, C latent channels.
 """
@@ -88,7 +88,8 @@ class Request:
             follows at once.
         stop: strings that end the reply.
         keep: the caches stay for a request that goes on from this one's row and reply, until the
-            row is needed; and this one goes on from where such a request ended. Its numbers then
+            row is needed.
+        reuse: this one goes on from where a request with `keep` ended, if it can. Its numbers then
             are those of another order of computation, equal to rounding.
     """
 
@@ -102,6 +103,7 @@ class Request:
     max_images: int = 1
     stop: Stop | None = None
     keep: bool = False
+    reuse: bool = False
 
     def settings(self) -> RowSettings:
         """Of one row."""
@@ -317,7 +319,7 @@ class Engine:
         free = [i for i, seat in enumerate(self._seats) if seat.number is None]
         if not free:
             return None
-        if request.keep:
+        if request.reuse:
             same = {
                 i: min(shared(self._seats[i].kept, request.row), self._seats[i].cached)
                 for i in free
