@@ -45,7 +45,7 @@ from starflow2_jax.sampling.state import (
     check_seed,
     row_settings,
 )
-from starflow2_jax.sampling.text import TextPieces
+from starflow2_jax.sampling.text import TextPieces, until
 
 if TYPE_CHECKING:
     from starflow2_jax.service import Chat
@@ -65,7 +65,7 @@ class Sampling:
         max_new_tokens: text tokens of the reply.
         max_images: images of the reply; it ends behind the last one.
         seed: of each prompt's random stream.
-        stop: strings that end a reply.
+        stop: strings that end a reply, and are no part of its text.
     """
 
     guidance: float | Sequence[float] = 0.0
@@ -230,15 +230,17 @@ class Model:
         outputs = outputs[: len(prompts)]
         drawn = [piece.u for out in outputs for piece in out.pieces if isinstance(piece, Image)]
         pixels = iter(self.pixels(np.stack(drawn), jacobi) if drawn else ())
-        return [Reply(self._parts(out, pixels), out.reason) for out in outputs]
+        return [Reply(self._parts(out, pixels, sampling.stop), out.reason) for out in outputs]
 
-    def _parts(self, out: Output, pixels: Iterator[np.ndarray]) -> tuple[str | np.ndarray, ...]:
+    def _parts(
+        self, out: Output, pixels: Iterator[np.ndarray], stop: Sequence[str]
+    ) -> tuple[str | np.ndarray, ...]:
         """An output's pieces as text and images; a piece that is only an end token is nothing."""
         parts: list[str | np.ndarray] = []
         for piece in out.pieces:
             if isinstance(piece, Image):
                 parts.append(next(pixels))
-            elif text := self.text(piece.tokens):
+            elif text := until(self.tokenizer.decode(piece.tokens), stop).strip(" "):
                 parts.append(text)
         return tuple(parts)
 
@@ -254,7 +256,7 @@ class Model:
         """Yields the reply to one conversation as it comes: pieces of text, then images."""
         rows = self._rows([prompt], draw)
         options = self._options([0], sampling, context)
-        text = TextPieces(self.text)
+        text = TextPieces(self.tokenizer.decode, sampling.stop)
         events = generate.stream(self.pretzel, rows, jacobi=jacobi, **options)
         # The mesh is in context while an event is made, and never while the caller has it.
         for event in iter(lambda: self._next(events), None):

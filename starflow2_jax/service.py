@@ -18,6 +18,7 @@ import collections
 import dataclasses
 import hashlib
 import pathlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -70,6 +71,7 @@ class Service:
         self.model = model
         empty = unconditional_prompt(model.tokenizer, model.bundle.image).tokens
         self.engine = Engine(model.pretzel, config, unconditional=empty, mesh=model.mesh)
+        self._lock = threading.Lock()
         self._texts: dict[int, TextPieces] = {}
         self._pieces: dict[int, list[Piece]] = collections.defaultdict(list)
         self._latents: collections.OrderedDict[bytes, np.ndarray] = collections.OrderedDict()
@@ -117,7 +119,11 @@ class Service:
         for name, value in fields.items():
             if name != "stop" and np.ndim(value):
                 raise ValueError(f"{name} of several requests at once")
-        return self.engine.submit(Request(row, **fields | {"stop": stop}, keep=keep, reuse=reuse))
+        request = Request(row, **fields | {"stop": stop}, keep=keep, reuse=reuse)
+        with self._lock:  # so that no event comes before it is known how to read it
+            number = self.engine.submit(request)
+            self._texts[number] = TextPieces(self.model.tokenizer.decode, sampling.stop)
+        return number
 
     def row(self, conversation: Conversation, *, draw: bool = False) -> Row:
         """The conversation up to the reply.
@@ -162,7 +168,8 @@ class Service:
         images = iter(self._pixels(drawn))
         answers = []
         for event in events:
-            text = self._texts.setdefault(event.row, TextPieces(self.model.text))
+            with self._lock:
+                text = self._texts[event.row]
             if not isinstance(event, DoneEvent):
                 collect(self._pieces[event.row], event)
             if isinstance(event, TextEvent):

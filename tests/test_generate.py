@@ -31,6 +31,7 @@ from starflow2_jax.sampling import display, generate, write
 from starflow2_jax.sampling.prompts import Image, Text, extended, padded, scored
 from starflow2_jax.sampling.state import row_settings
 from starflow2_jax.sampling.step import choose_token
+from starflow2_jax.sampling.text import TextPieces, until
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -75,6 +76,24 @@ def test_a_stream_tells_in_order_and_stops_at_strings():
     outputs = generate.generate(model, prompts, settings, stop=stop)
     assert [o.reason for o in outputs] == ["stop"] * 4
     assert [len(o.pieces) for o in outputs] == [3] * 4
+
+
+@pytest.mark.parametrize(
+    "stop, given, shown",
+    [
+        ((), ["a", "b", " ", "c "], ["a", "b", "", " c", ""]),
+        (("bcd",), ["ab", "c", "e", "bc", "d", "f"], ["a", "", "bce", "", "", "", ""]),
+        (("bcd",), ["ab", "c"], ["a", "", "bc"]),
+        (("x", " b"), ["a", " b"], ["a", "", ""]),
+        (("\n", "ab"), ["a", "\nb"], ["", "a", ""]),
+        (("é",), ["a\ufffd", "b"], ["", "a\ufffdb", ""]),
+    ],
+)
+def test_text_comes_out_up_to_a_stop_string(stop, given, shown):
+    """What may be its beginning is held back until it is known not to be, or the text ends."""
+    pieces = TextPieces(lambda ids: "".join(given[i] for i in ids), stop)
+    assert [*(pieces.more([n]) for n in range(len(given))), pieces.end()] == shown
+    assert "".join(shown) == until("".join(given), stop).strip(" ")
 
 
 def test_no_prompts():

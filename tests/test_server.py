@@ -149,6 +149,25 @@ def test_a_stream_is_the_same_reply_in_pieces(server):
     assert pieces == "".join(part.get("text", "") for part in message["parts"])
 
 
+def test_a_stop_string_is_no_part_of_the_reply(server):
+    options = {"seed": 5, "max_images": 0, "temperature": 1.0, "max_tokens": 24}
+    content = server.chat(text("a handwritten three"), **options)[1]["choices"][0]["message"][
+        "content"
+    ]
+    stop = content[len(content) // 2 :][:2]
+    assert len(stop) == 2 and "\ufffd" not in stop and stop.strip() == stop
+    reply = server.chat(text("a handwritten three"), **options, stop=["never", stop])[1]
+    [choice] = reply["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert choice["message"]["content"] == content.split(stop)[0].strip(" ")
+    body = {"messages": [{"role": "user", "content": "a handwritten three"}], **options}
+    body |= {"stop": stop, "stream": True}
+    events = server.ask("/v1/chat/completions", body)[1].decode().strip().split("\n\n")[:-1]
+    deltas = [json.loads(e.removeprefix("data: "))["choices"][0]["delta"] for e in events]
+    pieces = "".join(delta.get("content", "") for delta in deltas)
+    assert pieces == choice["message"]["content"]
+
+
 BROKEN = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}
 LAST = {"role": "user", "content": "a"}
 FAR = {"type": "image_url", "image_url": {"url": "http://example.com/cat.png"}}

@@ -20,6 +20,7 @@ from starflow2_jax.data.sequences import Part, Turn
 from starflow2_jax.data.views import Limits, view
 from starflow2_jax.errors import UserError
 from starflow2_jax.model import Model, Sampling, load
+from starflow2_jax.sampling.text import until
 from starflow2_jax.vlm import Assistant, Writing
 
 Path = Literal["vit", "latent"]
@@ -145,7 +146,7 @@ class Responder:
                 writing = Writing(temperature, top_p, max_new_tokens, seed + numbers[start])
                 some = self._assistant.answers(conversations[start : start + rows], writing)
                 texts += [answer.text for answer in some]
-        return [_until(text, stop) for text in texts]
+        return [until(text, stop).strip() for text in texts]
 
 
 def _encoded(picture: PIL.Image.Image) -> bytes:
@@ -155,9 +156,3 @@ def _encoded(picture: PIL.Image.Image) -> bytes:
     held = picture.mode in ("1", "L", "LA", "P", "RGB", "RGBA")
     (picture if held else picture.convert("RGB")).save(file, "PNG")
     return file.getvalue()
-
-
-def _until(text: str, stop: Sequence[str]) -> str:
-    for end in stop:
-        text = text.split(end, 1)[0]
-    return text.strip()
