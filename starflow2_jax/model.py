@@ -204,6 +204,7 @@ class Model:
         context: int | None = None,
         rows: int = 128,
         jacobi: JacobiConfig | None = None,
+        names: Sequence[str] | None = None,
     ) -> list[Reply]:
         """Continues each conversation with the model's turn.
 
@@ -214,17 +215,20 @@ class Model:
             context: most positions of a row; default: as many as its limits allow.
             rows: prompts of one compiled batch.
             jacobi: draw, and invert the shallow flow, by Jacobi iteration; None: token after token.
+            names: what to call each conversation in an error; default: prompt 0, 1, ...
 
         Raises:
             UserError: special tokens in a text, an image of another size, a prompt too long.
         """
         outputs: list[Output] = []
+        names = names or _numbered("prompt", prompts)
         for start in range(0, len(prompts), rows):
             # A short last batch is filled up with its last prompt: one shape is compiled.
             here = [min(i, len(prompts) - 1) for i in range(start, start + rows)]
             here = here if len(prompts) > rows else list(range(len(prompts)))
-            encoded = self._rows([prompts[i] for i in here], draw)
-            options = self._options(here, sampling, context)
+            called = [names[i] for i in here]
+            encoded = self._rows([prompts[i] for i in here], draw, called)
+            options = self._options(here, sampling, context) | {"names": called}
             with self.placed():
                 outputs += generate.generate(self.pretzel, encoded, jacobi=jacobi, **options)
         outputs = outputs[: len(prompts)]
@@ -254,8 +258,8 @@ class Model:
         jacobi: JacobiConfig | None = None,
     ) -> Iterator[str | np.ndarray]:
         """Yields the reply to one conversation as it comes: pieces of text, then images."""
-        rows = self._rows([prompt], draw)
-        options = self._options([0], sampling, context)
+        rows = self._rows([prompt], draw, ["the prompt"])
+        options = self._options([0], sampling, context) | {"names": ["the prompt"]}
         text = TextPieces(self.tokenizer.decode, sampling.stop)
         events = generate.stream(self.pretzel, rows, jacobi=jacobi, **options)
         # The mesh is in context while an event is made, and never while the caller has it.
@@ -319,11 +323,16 @@ class Model:
         seeds: Sequence[int] | None = None,
         draws: int = 1,
         rows: int = 256,
+        names: Sequence[str] | None = None,
     ) -> list[DrawScores]:
-        """Like `log_prob`, with every draw apart."""
+        """Like `log_prob`, with every draw apart.
+
+        `names`: what to call each conversation in an error; default: conversation 0, 1, ...
+        """
+        names = names or _numbered("conversation", conversations)
         documents = [
-            encode_turns(turns, self.tokenizer, self.bundle.image, where=f"conversation {i}")
-            for i, turns in enumerate(conversations)
+            encode_turns(turns, self.tokenizer, self.bundle.image, where=name)
+            for turns, name in zip(conversations, names, strict=True)
         ]
         seeds = range(len(documents)) if seeds is None else seeds
         longest = max(len(d.tokens) for d in documents)
@@ -376,13 +385,14 @@ class Model:
         Raises:
             UserError: as `generate`.
         """
-        drawn = []
+        drawn, names = [], _numbered("prompt", prompts)
         sampling = dataclasses.replace(sampling, max_images=1)
         for start in range(0, len(prompts), rows):
             here = [min(i, len(prompts) - 1) for i in range(start, start + rows)]
             here = here if len(prompts) > rows else list(range(len(prompts)))
-            encoded = self._rows([prompts[i] for i in here], draw=True)
-            options = self._options(here, sampling, None)
+            called = [names[i] for i in here]
+            encoded = self._rows([prompts[i] for i in here], True, called)
+            options = self._options(here, sampling, None) | {"names": called}
             with self.placed():
                 outputs = generate.generate(self.pretzel, encoded, **options)
             drawn += [next(p.u for p in out.pieces if isinstance(p, Image)) for out in outputs]
@@ -424,12 +434,12 @@ class Model:
         most = max(sum(places_of(v, tower) for v in d.views) for d in documents)
         return generate.bucket(most // tower.window_places, 2) * tower.window_places
 
-    def _rows(self, prompts: Sequence[Conversation], draw: bool) -> list[Row]:
+    def _rows(self, prompts: Sequence[Conversation], draw: bool, names: Sequence[str]) -> list[Row]:
         documents = []
-        for i, turns in enumerate(prompts):
+        for turns, name in zip(prompts, names, strict=True):
             if not turns or turns[-1].role != "user":
-                raise UserError(f"prompt {i} must end with a user's turn")
-            documents.append(self.encode(turns, draw=draw))
+                raise UserError(f"{name} must end with a user's turn")
+            documents.append(self.encode(turns, draw=draw, where=name))
         self._places(documents)  # refuses views without a tower
         images = [image for d in documents for image in d.images]
         seeds = [_image_seeds(0, len(d.images)) for d in documents]
@@ -478,6 +488,10 @@ class Model:
             "stop": stop,
             "context": context,
         }
+
+
+def _numbered(what: str, of: Sequence[Any]) -> list[str]:
+    return [f"{what} {i}" for i in range(len(of))]
 
 
 def _image_seeds(record: int, images: int) -> np.ndarray:

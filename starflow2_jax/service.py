@@ -125,14 +125,14 @@ class Service:
             self._texts[number] = TextPieces(self.model.tokenizer.decode, sampling.stop)
         return number
 
-    def row(self, conversation: Conversation, *, draw: bool = False) -> Row:
-        """The conversation up to the reply.
+    def row(self, conversation: Conversation, *, draw: bool = False, where: str = "prompt") -> Row:
+        """The conversation up to the reply; `where`: what to call it in an error.
 
         Raises:
             UserError: see `ask`; no image is encoded of a conversation that is too long.
         """
         context = self.engine.config.context
-        document = self.model.encode(conversation, draw=draw, context=context)
+        document = self.model.encode(conversation, draw=draw, context=context, where=where)
         u = self.latents(list(document.images), known=goes_on(conversation))
         return Row(document.tokens, document.kinds, document.positions, u, document.views)
 
@@ -205,7 +205,7 @@ class Service:
 
 
 def goes_on(conversation: Conversation) -> bool:
-    """Whether a conversation holds a reply already, and may take up what an earlier request left."""
+    """Whether a conversation holds a reply already: it may take up what an earlier one left."""
     return any(turn.role == "assistant" for turn in conversation)
 
 
@@ -313,7 +313,8 @@ class Chat:
         before = len(self.row.u)
         for part in turn.parts:
             if isinstance(part, str):
-                pieces.append(Text(tuple(tokenizer.encode(part))))
+                where = f"turn {len(self.turns) + 1}"
+                pieces.append(Text(tuple(tokenizer.encode(part, where))))
             elif isinstance(part, View):
                 raise UserError("only the first turn of this conversation may show views")
             else:

@@ -14,7 +14,7 @@ from starflow2_jax.models.pretzel import SpecialTokens
 TOKENIZER_FILE = "tokenizer.json"
 TURNS_FILE = "turns.json"
 CACHED_CHARACTERS = 512
-"""Texts shorter than this are encoded once: templates, labels, captions. Others would fill memory."""
+"""Texts shorter than this are encoded once: templates, labels, captions; others fill memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,18 +76,19 @@ class Tokenizer:
         """A text to ids, special tokens among them."""
         return self._cached(text) if len(text) < CACHED_CHARACTERS else self._encode(text)
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str, where: str = "") -> tuple[int, ...]:
         """A user's text to ids.
 
         Raises:
-            UserError: the text holds a special token.
+            UserError: the text holds a special token; `where` says which text it is.
         """
         for token in self._specials:
             if token in text:
                 at = text.index(token)
+                place = f"{where}: " if where else ""
                 raise UserError(
-                    f"the text holds the special token {token} at character {at}; images are "
-                    "given as images, turns by the chat template: remove it"
+                    f"{place}the text holds the special token {token} at character {at}; images "
+                    "are given as images, turns by the chat template: remove it"
                 )
         return self.encode_template(text)
 

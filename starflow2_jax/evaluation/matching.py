@@ -70,7 +70,9 @@ class CaptionTable:
             for mine, (_, image) in zip(prompts, pairs, strict=True):
                 turns.append([Turn("user", mine[place]), Turn("assistant", (image,))])
             seeds += noise_seeds(self.seed, records)
-        found = self.model.score_draws(turns, seeds=seeds, draws=self.draws, rows=len(records))
+        names = [self.dataset.source.name(index) for index in records] * len(prompts[0])
+        options = {"seeds": seeds, "draws": self.draws, "rows": len(records), "names": names}
+        found = self.model.score_draws(turns, **options)
         values = np.stack([scores.images[:, 0] for scores in found], axis=1)
         table = values.reshape(self.draws, len(prompts[0]), len(records))  # [S, K + 1, n]
         rows = []

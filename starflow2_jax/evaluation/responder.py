@@ -112,6 +112,7 @@ class Responder:
         first: int = 0,
         stop: tuple[str, ...] = (),
         rows: int = 16,
+        names: Sequence[str] | None = None,
     ) -> list[str]:
         """The texts of the replies; nothing is drawn.
 
@@ -124,11 +125,13 @@ class Responder:
                 two replies.
             stop: strings that end a reply and are no part of it.
             rows: of a compiled batch.
+            names: what to call each conversation in an error; default: prompt and its number.
 
         Raises:
             UserError: special tokens in a text, or more than the context holds.
         """
         numbers = range(first, first + len(conversations))
+        names = names or [f"prompt {n}" for n in numbers]
         if self._model is not None:
             sampling = Sampling(
                 temperature=temperature,
@@ -138,13 +141,14 @@ class Responder:
                 seed=[np.random.SeedSequence([seed, n]).generate_state(1)[0] for n in numbers],
                 stop=stop,
             )
-            replies = self._model.generate(conversations, sampling, rows=rows)
+            replies = self._model.generate(conversations, sampling, rows=rows, names=names)
             texts = [reply.text for reply in replies]
         else:
             texts = []
             for start in range(0, len(conversations), rows):
                 writing = Writing(temperature, top_p, max_new_tokens, seed + numbers[start])
-                some = self._assistant.answers(conversations[start : start + rows], writing)
+                here = slice(start, start + rows)
+                some = self._assistant.answers(conversations[here], writing, names[here])
                 texts += [answer.text for answer in some]
         return [until(text, stop).strip() for text in texts]
 

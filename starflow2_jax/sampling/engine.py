@@ -220,7 +220,7 @@ class Engine:
         """
         settings, config = request.settings(), self.config
         check_settings(settings, 1, self._shape, self._unconditional, request.stop)
-        check_prompts([request.row], settings, self._shape, None, config.context)
+        check_prompts([request.row], settings, self._shape, None, config.context, ["the prompt"])
         if request.row.views and self._shape.vlm.vision is None:
             raise UserError("the prompt has views, but the model has no vision tower")
         if request.max_images > config.images:
