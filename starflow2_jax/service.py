@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from starflow2_jax.data.decoding import decode
-from starflow2_jax.data.sequences import Turn, unconditional_prompt
+from starflow2_jax.data.sequences import Document, Turn, unconditional_prompt
 from starflow2_jax.data.views import View
 from starflow2_jax.errors import UserError
 from starflow2_jax.model import Conversation, Model, Sampling
@@ -114,16 +114,38 @@ class Service:
         self, row: Row, sampling: Sampling, *, keep: bool = False, reuse: bool = False
     ) -> int:
         """`ask` for a row; `keep`, `reuse`: see `engine.Request`."""
+        request = self._request(row, sampling, keep=keep, reuse=reuse)
+        with self._lock:  # so that no event comes before it is known how to read it
+            number = self.engine.submit(request)
+            self._texts[number] = TextPieces(self.model.tokenizer.decode, sampling.stop)
+        return number
+
+    def check(
+        self,
+        conversation: Conversation,
+        sampling: Sampling,
+        *,
+        draw: bool = False,
+        where: str = "prompt",
+    ) -> None:
+        """Raises UserError where `ask` would; no image is encoded. `where`: see `row`."""
+        flow = self.model.pretzel.config.flow
+        document = self._document(conversation, draw, where)
+        u = np.zeros((0, flow.tokens, flow.channels), np.float32)
+        row = Row(document.tokens, document.kinds, document.positions, u, document.views)
+        self.engine.check(self._request(row, sampling), where)
+
+    def _request(self, row: Row, sampling: Sampling, **options: bool) -> Request:
         stop = Stop(sampling.stop, self.model.tokenizer.decode) if sampling.stop else None
         fields = {f.name: getattr(sampling, f.name) for f in dataclasses.fields(sampling)}
         for name, value in fields.items():
             if name != "stop" and np.ndim(value):
                 raise ValueError(f"{name} of several requests at once")
-        request = Request(row, **fields | {"stop": stop}, keep=keep, reuse=reuse)
-        with self._lock:  # so that no event comes before it is known how to read it
-            number = self.engine.submit(request)
-            self._texts[number] = TextPieces(self.model.tokenizer.decode, sampling.stop)
-        return number
+        return Request(row, **fields | {"stop": stop}, **options)
+
+    def _document(self, conversation: Conversation, draw: bool, where: str) -> Document:
+        context = self.engine.config.context
+        return self.model.encode(conversation, draw=draw, context=context, where=where)
 
     def row(self, conversation: Conversation, *, draw: bool = False, where: str = "prompt") -> Row:
         """The conversation up to the reply; `where`: what to call it in an error.
@@ -131,8 +153,7 @@ class Service:
         Raises:
             UserError: see `ask`; no image is encoded of a conversation that is too long.
         """
-        context = self.engine.config.context
-        document = self.model.encode(conversation, draw=draw, context=context, where=where)
+        document = self._document(conversation, draw, where)
         u = self.latents(list(document.images), known=goes_on(conversation))
         return Row(document.tokens, document.kinds, document.positions, u, document.views)
 

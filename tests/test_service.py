@@ -1,5 +1,6 @@
 """Conversations over the engine, in Python, as a job and in the terminal."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -11,7 +12,7 @@ import PIL.Image
 import pytest
 import tiny
 
-from starflow2_jax import Sampling, Turn
+from starflow2_jax import Sampling, Turn, sample
 from starflow2_jax.bundle import save_bundle
 from starflow2_jax.cli.main import main
 from starflow2_jax.conversation import as_text, shows_images
@@ -232,6 +233,52 @@ def test_sample_writes_a_folder_and_goes_on_with_it(folder, tmp_path, capsys):
     assert {k: v for k, v in after.items() if k != "samples.jsonl"} == {
         k: v for k, v in before.items() if k != "samples.jsonl"
     }
+
+
+def test_samples_of_other_line_breaks_of_unicode_are_kept(model, tmp_path):
+    """Only a newline ends a line, of prompts and of samples; what has none at its end is torn."""
+    breaks = "\u2028\u2029\x85"
+    prompts = [tmp_path / "p.jsonl", tmp_path / "p.txt"]
+    prompts[0].write_text(f'\n{{"prompt": "one{breaks}two"}}\n\n{{"prompt": "b"}}\n', "utf-8")
+    prompts[1].write_text(f"\none{breaks}two\n\nb\n", "utf-8")
+    for path in prompts:
+        found = sample.from_file(path, model)
+        assert [p.turns[0].parts for p in found] == [(f"one{breaks}two",), ("b",)]
+        assert [p.name for p in found] == [f"{path}:2", f"{path}:4"]
+    lines = [json.dumps({"id": i, "parts": breaks}, ensure_ascii=False) for i in "abc"]
+    file = tmp_path / "samples.jsonl"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    assert sample._finished(file, 1, lambda _: True) == {"a", "b"}
+    assert file.read_text(encoding="utf-8") == "".join(f"{line}\n" for line in lines[:2])
+
+
+def test_a_command_that_cannot_be_run_claims_no_folder(folder, tmp_path, capsys):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a handwritten three\n\na <|im_end|> three\n")
+    long = tmp_path / "long.txt"
+    long.write_text("three\n" + "a handwritten three " * 9)
+    small = ["--context", 24, "--prompts", long]
+    for options, message in (
+        (["a three", "--guidance", -1], "guidance is -1.0"),
+        (["a three", "--seed", -1], "seed is -1"),
+        (["a three", "--free", "--max-new-tokens", 9999999999], "max_new_tokens is 9999999999"),
+        (["--prompts", prompts], f"{prompts}:3: the text holds the special token"),
+        (small, f"{long}:2: "),
+    ):
+        out = tmp_path / "out"
+        assert run("sample", "--model", folder, "--out", out, "--rows", 1, *options) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and not out.exists()
+
+
+def test_a_run_is_of_the_codec_too(model):
+    bundle = model.bundle
+    codec = dataclasses.replace(bundle.codec, divisors=bundle.codec.divisors * 2)
+    other = Model(dataclasses.replace(bundle, codec=codec))
+    about = [
+        sample.describe(m, Sampling(), EngineConfig(), 1, True, [], None) for m in (model, other)
+    ]
+    assert about[0]["weights_sha256"] == bundle.checksum() != about[1]["weights_sha256"]
 
 
 @pytest.mark.slow

@@ -218,19 +218,23 @@ class Engine:
         Raises:
             UserError: a setting out of range, or a prompt that does not fit.
         """
-        settings, config = request.settings(), self.config
-        check_settings(settings, 1, self._shape, self._unconditional, request.stop)
-        check_prompts([request.row], settings, self._shape, None, config.context, ["the prompt"])
-        if request.row.views and self._shape.vlm.vision is None:
-            raise UserError("the prompt has views, but the model has no vision tower")
-        if request.max_images > config.images:
-            raise UserError(
-                f"max_images is {request.max_images}, this engine draws up to {config.images}"
-            )
+        self.check(request)
         with self._lock:
             number = next(self._numbers)
             self._queue.append((number, request))
         return number
+
+    def check(self, request: Request, name: str = "the prompt") -> None:
+        """Raises UserError as `submit` does; `name`: what to call the prompt."""
+        settings, config = request.settings(), self.config
+        check_settings(settings, 1, self._shape, self._unconditional, request.stop)
+        check_prompts([request.row], settings, self._shape, None, config.context, [name])
+        if request.row.views and self._shape.vlm.vision is None:
+            raise UserError(f"{name} has views, but the model has no vision tower")
+        if request.max_images > config.images:
+            raise UserError(
+                f"max_images is {request.max_images}, this engine draws up to {config.images}"
+            )
 
     def cancel(self, number: int) -> None:
         """Ends a request: its last event is a `DoneEvent` with the reason "cancelled"."""
