@@ -39,8 +39,14 @@ from starflow2_jax.sampling.engine import EngineConfig
 from starflow2_jax.sampling.generate import Event, Output
 from starflow2_jax.sampling.jacobi import JacobiConfig
 from starflow2_jax.sampling.prompts import Image, Row
-from starflow2_jax.sampling.state import RowSettings, row_settings
-from starflow2_jax.sampling.text import TextPieces
+from starflow2_jax.sampling.state import (
+    LIMITS,
+    RowSettings,
+    check_number,
+    check_seed,
+    row_settings,
+)
+from starflow2_jax.sampling.text import TextPieces, until
 
 if TYPE_CHECKING:
     from starflow2_jax.service import Chat
@@ -60,7 +66,7 @@ class Sampling:
         max_new_tokens: text tokens of the reply.
         max_images: images of the reply; it ends behind the last one.
         seed: of each prompt's random stream.
-        stop: strings that end a reply.
+        stop: strings that end a reply, and are no part of its text.
     """
 
     guidance: float | Sequence[float] = 0.0
@@ -71,6 +77,16 @@ class Sampling:
     max_images: int | Sequence[int] = 4
     seed: int | Sequence[int] = 0
     stop: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raises UserError for a number out of range, or an empty stop string."""
+        check_seed(self.seed)
+        for name in LIMITS:
+            value = getattr(self, name)
+            check_number(name, value)
+            row_settings(np.size(value), **{name: value})  # which says whether its type holds it
+        if not all(self.stop):
+            raise UserError("a stop string is empty")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +176,28 @@ class Model:
             return contextlib.nullcontext()
         return rules.use(self.mesh, rules.SERVING)
 
-    def encode(self, conversation: Conversation, *, draw: bool = False) -> Document:
-        """A conversation as a prompt: the reply's turn is open, and its image too with `draw`."""
-        return encode_turns(conversation, self.tokenizer, self.bundle.image, reply=True, draw=draw)
+    def encode(
+        self,
+        conversation: Conversation,
+        *,
+        draw: bool = False,
+        context: int | None = None,
+        where: str = "prompt",
+    ) -> Document:
+        """A conversation as a prompt: the reply's turn is open, and its image too with `draw`.
+
+        Args:
+            conversation: ends with a user's turn.
+            draw: see above.
+            context: most positions; default: any number.
+            where: what to call it in an error.
+
+        Raises:
+            UserError: special tokens in a text, an image of another size, a prompt too long.
+        """
+        shape = self.bundle.image
+        options = {"reply": True, "draw": draw, "context": context, "where": where}
+        return encode_turns(conversation, self.tokenizer, shape, **options)
 
     def generate(
         self,
@@ -173,6 +208,7 @@ class Model:
         context: int | None = None,
         rows: int = 128,
         jacobi: JacobiConfig | None = None,
+        names: Sequence[str] | None = None,
     ) -> list[Reply]:
         """Continues each conversation with the model's turn.
 
@@ -183,31 +219,36 @@ class Model:
             context: most positions of a row; default: as many as its limits allow.
             rows: prompts of one compiled batch.
             jacobi: draw, and invert the shallow flow, by Jacobi iteration; None: token after token.
+            names: what to call each conversation in an error; default: prompt 0, 1, ...
 
         Raises:
             UserError: special tokens in a text, an image of another size, a prompt too long.
         """
         outputs: list[Output] = []
+        names = names or _numbered("prompt", prompts)
         for start in range(0, len(prompts), rows):
             # A short last batch is filled up with its last prompt: one shape is compiled.
             here = [min(i, len(prompts) - 1) for i in range(start, start + rows)]
             here = here if len(prompts) > rows else list(range(len(prompts)))
-            encoded = self._rows([prompts[i] for i in here], draw)
-            options = self._options(here, sampling, context)
+            called = [names[i] for i in here]
+            encoded = self._rows([prompts[i] for i in here], draw, called)
+            options = self._options(here, sampling, context) | {"names": called}
             with self.placed():
                 outputs += generate.generate(self.pretzel, encoded, jacobi=jacobi, **options)
         outputs = outputs[: len(prompts)]
         drawn = [piece.u for out in outputs for piece in out.pieces if isinstance(piece, Image)]
         pixels = iter(self.pixels(np.stack(drawn), jacobi) if drawn else ())
-        return [Reply(self._parts(out, pixels), out.reason) for out in outputs]
+        return [Reply(self._parts(out, pixels, sampling.stop), out.reason) for out in outputs]
 
-    def _parts(self, out: Output, pixels: Iterator[np.ndarray]) -> tuple[str | np.ndarray, ...]:
+    def _parts(
+        self, out: Output, pixels: Iterator[np.ndarray], stop: Sequence[str]
+    ) -> tuple[str | np.ndarray, ...]:
         """An output's pieces as text and images; a piece that is only an end token is nothing."""
         parts: list[str | np.ndarray] = []
         for piece in out.pieces:
             if isinstance(piece, Image):
                 parts.append(next(pixels))
-            elif text := self.text(piece.tokens):
+            elif text := until(self.tokenizer.decode(piece.tokens), stop).strip(" "):
                 parts.append(text)
         return tuple(parts)
 
@@ -221,9 +262,9 @@ class Model:
         jacobi: JacobiConfig | None = None,
     ) -> Iterator[str | np.ndarray]:
         """Yields the reply to one conversation as it comes: pieces of text, then images."""
-        rows = self._rows([prompt], draw)
-        options = self._options([0], sampling, context)
-        text = TextPieces(self.text)
+        rows = self._rows([prompt], draw, ["the prompt"])
+        options = self._options([0], sampling, context) | {"names": ["the prompt"]}
+        text = TextPieces(self.tokenizer.decode, sampling.stop)
         events = generate.stream(self.pretzel, rows, jacobi=jacobi, **options)
         # The mesh is in context while an event is made, and never while the caller has it.
         for event in iter(lambda: self._next(events), None):
@@ -254,9 +295,13 @@ class Model:
         config = EngineConfig(rows=rows, context=context, images=max(1, most), chunk=32, steps=1)
         return Chat(Service(self, config), sampling)
 
-    def length(self, conversation: Conversation) -> int:
-        """Positions of a whole conversation."""
-        return len(encode_turns(conversation, self.tokenizer, self.bundle.image).tokens)
+    def length(self, conversation: Conversation, name: str = "the conversation") -> int:
+        """Positions of a whole conversation; `name`: what to call it in an error.
+
+        Raises:
+            UserError: special tokens in a text, an image of another size.
+        """
+        return len(encode_turns(conversation, self.tokenizer, self.bundle.image, where=name).tokens)
 
     def log_prob(
         self,
@@ -291,6 +336,7 @@ class Model:
         draws: int = 1,
         rows: int = 256,
         positions: int = 1,
+        names: Sequence[str] | None = None,
     ) -> list[DrawScores]:
         """Like `log_prob`, with every draw apart.
 
@@ -298,13 +344,15 @@ class Model:
             conversations, seeds, draws, rows: see `log_prob`.
             positions: that a row has at least, see `length`: so calls of conversations that are not
                 equally long run one program.
+            names: what to call each conversation in an error; default: conversation 0, 1, ...
 
         Raises:
             UserError: see `log_prob`.
         """
+        names = names or _numbered("conversation", conversations)
         documents = [
-            encode_turns(turns, self.tokenizer, self.bundle.image, where=f"conversation {i}")
-            for i, turns in enumerate(conversations)
+            encode_turns(turns, self.tokenizer, self.bundle.image, where=name)
+            for turns, name in zip(conversations, names, strict=True)
         ]
         seeds = range(len(documents)) if seeds is None else seeds
         longest = max(positions, *(len(d.tokens) for d in documents))
@@ -359,13 +407,14 @@ class Model:
         Raises:
             UserError: as `generate`.
         """
-        drawn = []
+        drawn, names = [], _numbered("prompt", prompts)
         sampling = dataclasses.replace(sampling, max_images=1)
         for start in range(0, len(prompts), rows):
             here = [min(i, len(prompts) - 1) for i in range(start, start + rows)]
             here = here if len(prompts) > rows else list(range(len(prompts)))
-            encoded = self._rows([prompts[i] for i in here], draw=True)
-            options = self._options(here, sampling, None)
+            called = [names[i] for i in here]
+            encoded = self._rows([prompts[i] for i in here], True, called)
+            options = self._options(here, sampling, None) | {"names": called}
             with self.placed():
                 outputs = generate.generate(self.pretzel, encoded, **options)
             drawn += [next(p.u for p in out.pieces if isinstance(p, Image)) for out in outputs]
@@ -407,12 +456,12 @@ class Model:
         most = max(sum(places_of(v, tower) for v in d.views) for d in documents)
         return generate.bucket(most // tower.window_places, 2) * tower.window_places
 
-    def _rows(self, prompts: Sequence[Conversation], draw: bool) -> list[Row]:
+    def _rows(self, prompts: Sequence[Conversation], draw: bool, names: Sequence[str]) -> list[Row]:
         documents = []
-        for i, turns in enumerate(prompts):
+        for turns, name in zip(prompts, names, strict=True):
             if not turns or turns[-1].role != "user":
-                raise UserError(f"prompt {i} must end with a user's turn")
-            documents.append(self.encode(turns, draw=draw))
+                raise UserError(f"{name} must end with a user's turn")
+            documents.append(self.encode(turns, draw=draw, where=name))
         self._places(documents)  # refuses views without a tower
         images = [image for d in documents for image in d.images]
         seeds = [_image_seeds(0, len(d.images)) for d in documents]
@@ -433,6 +482,7 @@ class Model:
         self, prompts: Sequence[int], sampling: Sampling, context: int | None
     ) -> dict[str, Any]:
         """Arguments of `generate` for the prompts of these indices."""
+        sampling.check()
 
         def pick(value: Any) -> Any:
             return value if np.ndim(value) == 0 else [value[i] for i in prompts]
@@ -460,6 +510,10 @@ class Model:
             "stop": stop,
             "context": context,
         }
+
+
+def _numbered(what: str, of: Sequence[Any]) -> list[str]:
+    return [f"{what} {i}" for i in range(len(of))]
 
 
 def _image_seeds(record: int, images: int) -> np.ndarray:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 import starflow2_jax
 from starflow2_jax.data.sequences import Turn, unconditional_prompt
@@ -30,7 +29,6 @@ from starflow2_jax.provenance import differing_keys, git_revision, write_json
 from starflow2_jax.sampling.engine import EngineConfig
 from starflow2_jax.sampling.generate import SHORTEST_CACHE, bucket
 from starflow2_jax.service import Service, read_image
-from starflow2_jax.training.checkpoint import checksum
 
 RUN, SAMPLES, IMAGES, GRIDS = "run.json", "samples.jsonl", "images", "grids"
 FORMAT_VERSION = 1
@@ -38,10 +36,22 @@ FORMAT_VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One conversation to reply to; `id` is unique and can be part of a file's name."""
+    """One conversation to reply to.
+
+    Attributes:
+        id: unique, and can be part of a file's name.
+        turns: what was said.
+        where: it stands, in a file.
+    """
 
     id: str
     turns: tuple[Turn, ...]
+    where: str = ""
+
+    @property
+    def name(self) -> str:
+        """What to call it in an error."""
+        return self.where or f"prompt {self.id}"
 
 
 def from_texts(texts: Sequence[str]) -> list[Prompt]:
@@ -60,16 +70,20 @@ def from_file(path: pathlib.Path, model: Model) -> list[Prompt]:
         UserError: unreadable, or not of this form; names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a text may hold other line breaks of Unicode's.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    if path.suffix != ".jsonl":
-        found = from_texts([line.strip() for line in lines if line.strip()])
-    else:
-        found = []
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                found.append(_prompt(f"{path}:{number}", line, len(found), path.parent, model))
+    found: list[Prompt] = []
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        if not line.strip():
+            continue
+        if path.suffix == ".jsonl":
+            found.append(_prompt(where, line, len(found), path.parent, model))
+        else:
+            turns = (Turn("user", (line.strip(),)),)
+            found.append(Prompt(f"{len(found):05d}", turns, where))
     if not found:
         raise UserError(f"{path}: no prompts")
     twice = [i for i, n in collections.Counter(p.id for p in found).items() if n > 1]
@@ -109,7 +123,7 @@ def _prompt(where: str, line: str, index: int, folder: pathlib.Path, model: Mode
         raise UserError(f"{where}: id {identity!r} cannot name a file")
     if not turns or turns[-1].role != "user":
         raise UserError(f"{where}: the last message must be the user's")
-    return Prompt(identity, turns)
+    return Prompt(identity, turns, where)
 
 
 def sha256(path: pathlib.Path) -> str:
@@ -165,9 +179,10 @@ def _finished(path: pathlib.Path, samples: int, there: Callable[[str], bool]) ->
         return set()
     data = path.read_text(encoding="utf-8")
     lines: dict[str, list[str]] = collections.defaultdict(list)
-    for line in data.splitlines(keepends=True):
+    # Not splitlines, as above; what follows the last line's end is torn.
+    for line in data.split("\n")[:-1]:
         try:
-            lines[json.loads(line)["id"]].append(line)
+            lines[json.loads(line)["id"]].append(line + "\n")
         except (ValueError, KeyError, TypeError):
             break  # torn
     kept = {i: some for i, some in lines.items() if len(some) == samples and there(i)}
@@ -228,6 +243,12 @@ class Job:
         self._layout = layout
         self._on_progress = on_progress
 
+    def check(self, prompts: Iterable[Prompt]) -> None:
+        """Raises UserError for a setting out of range, or a prompt that does not fit; names it."""
+        sampling = dataclasses.replace(self._sampling, seed=0)  # each sample has its own
+        for prompt in prompts:
+            self._service.check(prompt.turns, sampling, draw=self._draw, where=prompt.name)
+
     def run(self, prompts: Sequence[Prompt], items: Mapping[str, Any] | None = None) -> int:
         """Samples what is not there yet.
 
@@ -275,14 +296,14 @@ class Job:
     def _ask(self, prompt: Prompt, under: dict[int, tuple[_Under, int]]) -> None:
         numbers = range(self._samples)
         mine = _Under(prompt, set(numbers), {k: [] for k in numbers}, {})
-        row = self._service.row(prompt.turns, draw=self._draw)
+        row = self._service.row(prompt.turns, draw=self._draw, where=prompt.name)
         for k in numbers:
             seed = seed_of(self._sampling.seed, prompt.id, k)
             sampling = dataclasses.replace(self._sampling, seed=seed)
             try:
                 under[self._service.submit(row, sampling)] = mine, k
             except UserError as error:
-                raise UserError(f"prompt {prompt.id}: {error}") from error
+                raise UserError(f"{prompt.name}: {error}") from error
 
     def _write(self, done: _Under, record: Any, items: Mapping[str, Any] | None) -> None:
         """Images first, then the lines that say that they are there."""
@@ -336,12 +357,15 @@ def layout_prompts(layout: Layout, path: pathlib.Path) -> tuple[list[Prompt], di
         UserError: see `Layout.items`.
     """
     items = {item.id: item for item in layout.items(path)}
-    return [Prompt(i.id, (Turn("user", (i.prompt,)),)) for i in items.values()], items
+    prompts = [
+        Prompt(i.id, (Turn("user", (i.prompt,)),), f"{path}: prompt {i.id}") for i in items.values()
+    ]
+    return prompts, items
 
 
 def needed(model: Model, prompts: Iterable[Prompt], sampling: Sampling, draw: bool) -> int:
     """Positions that the longest prompt and any reply to it take, rounded up."""
-    longest = max(len(model.encode(p.turns, draw=draw).tokens) for p in prompts)
+    longest = max(len(model.encode(p.turns, draw=draw, where=p.name).tokens) for p in prompts)
     image = model.pretzel.config.flow.tokens + 2
     empty = len(unconditional_prompt(model.tokenizer, model.bundle.image).tokens)
     reply = int(sampling.max_new_tokens) + int(sampling.max_images) * image
@@ -358,7 +382,6 @@ def describe(
     path: pathlib.Path | None,
 ) -> dict[str, Any]:
     """What `run.json` says of a run: all that its samples depend on."""
-    weights = nnx.to_pure_dict(nnx.state(model.pretzel))
     if path is None:
         texts = [part for prompt in prompts for turn in prompt.turns for part in turn.parts]
         source = {"texts": texts}
@@ -366,7 +389,7 @@ def describe(
         source = {"file": path.name, "sha256": sha256(path)}
     return {
         "model": dict(model.bundle.metadata),
-        "weights_sha256": checksum(weights),
+        "weights_sha256": model.bundle.checksum(),
         "prompts": source,
         "samples": samples,
         "draw": draw,

@@ -17,6 +17,7 @@ import base64
 import binascii
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -24,7 +25,7 @@ import pathlib
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,8 @@ from starflow2_jax.data.decoding import decode
 from starflow2_jax.data.sequences import Part, Turn
 from starflow2_jax.errors import UserError
 from starflow2_jax.model import Sampling, Scores
-from starflow2_jax.service import Answer, Service
+from starflow2_jax.sampling.prompts import Row
+from starflow2_jax.service import Answer, Service, goes_on
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
 MODEL_NAME = "starflow2"
@@ -86,12 +88,13 @@ class Worker:
         self._closed = False
         self._failed = False
         self._routes: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Queue]] = {}
+        self._reading = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
     def active(self) -> int:
-        """Requests under way or waiting."""
-        return len(self._routes)
+        """Requests that are read, under way or waiting."""
+        return self._reading + len(self._routes)
 
     @property
     def failed(self) -> bool:
@@ -112,30 +115,48 @@ class Worker:
         """Raises Busy where a request would be one too many, and Broken where none is answered."""
         if self._failed:
             raise Broken
-        if len(self._routes) >= self._waiting:
+        if self.active >= self._waiting:
             raise Busy
+
+    def _row(self, read: Callable[[], list[Turn]], draw: bool) -> tuple[Row, bool]:
+        """The row, and whether it may reuse what is cached."""
+        turns = read()
+        if turns[-1].role != "user":
+            raise UserError("the last message must be a user's")
+        return self.service.row(turns, draw=draw), goes_on(turns)
 
     @contextlib.asynccontextmanager
     async def answers(
-        self, turns: list[Turn], sampling: Sampling, draw: bool
+        self, read: Callable[[], list[Turn]], sampling: Sampling, draw: bool
     ) -> AsyncIterator[asyncio.Queue]:
         """A queue of the `Answer`s to a conversation; None in it: the engine broke.
 
         Leaving early ends the request.
 
+        Args:
+            read: gives the conversation; called in another thread, and only where there is room.
+            sampling: how to reply.
+            draw: the reply starts with an image.
+
         Raises:
-            UserError: see `Service.ask`.
+            UserError: see `Service.ask`; or what `read` raises.
             Busy: too many requests.
             Broken: the engine broke.
         """
-        if turns[-1].role != "user":
-            raise UserError("the last message must be a user's")
-        row = await run_in_threadpool(self.service.row, turns, draw=draw)
         queue: asyncio.Queue = asyncio.Queue()
-        with self._lock:  # so that no answer comes before its queue is known
+        with self._lock:
             self.check_room()
-            number = self.service.submit(row, sampling, keep=True)
-            self._routes[number] = (asyncio.get_running_loop(), queue)
+            self._reading += 1  # pictures are decoded and encoded: no more at a time than answered
+        try:
+            row, reuse = await run_in_threadpool(self._row, read, draw)
+            with self._lock:  # so that no answer comes before its queue is known
+                if self._failed:
+                    raise Broken
+                number = self.service.submit(row, sampling, keep=True, reuse=reuse)
+                self._routes[number] = (asyncio.get_running_loop(), queue)
+        finally:
+            with self._lock:
+                self._reading -= 1
         self._wake.set()
         try:
             yield queue
@@ -243,7 +264,10 @@ def read_messages(
     return turns
 
 
-def _number(body: Mapping[str, Any], name: str, default: float, kind: type = float) -> Any:
+def _number(
+    body: Mapping[str, Any], name: str, default: float, kind: type = float, below: int = 2**31
+) -> Any:
+    """A field's number; a whole one is under `below`, as what it is stored in holds no more."""
     value = body.get(name)
     if value is None:
         return default
@@ -251,12 +275,14 @@ def _number(body: Mapping[str, Any], name: str, default: float, kind: type = flo
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
-        or not math.isfinite(value)
+        or not abs(value) < math.inf
         or (kind is int and not whole)
     ):
         raise UserError(
             f"{name} is {value!r}, expected {'an integer' if kind is int else 'a number'}"
         )
+    if value >= (below if kind is int else np.finfo(np.float32).max.item()):
+        raise UserError(f"{name} is {value!r}, which is too large")
     return kind(value)
 
 
@@ -264,7 +290,7 @@ def read_sampling(body: Mapping[str, Any], most_images: int) -> Sampling:
     """The sampling that a request asks for.
 
     Raises:
-        UserError: a field of another kind.
+        UserError: a field of another kind, or out of range.
     """
     if _number(body, "n", 1, int) != 1:
         raise UserError("n is 1: ask several times, with several seeds")
@@ -273,13 +299,11 @@ def read_sampling(body: Mapping[str, Any], most_images: int) -> Sampling:
     if not isinstance(stop, list | tuple) or not all(isinstance(s, str) and s for s in stop):
         raise UserError("stop is a text or a list of texts")
     tokens = _number(body, "max_tokens", 64, int)
-    seed = _number(body, "seed", 0, int)
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed is {seed}, expected at least 0 and below 2**32")
+    seed = _number(body, "seed", 0, int, below=2**32)
     images = _number(body, "max_images", most_images, int)
     if images > most_images:
         raise UserError(f"max_images is {images}; this server draws at most {most_images} a reply")
-    return Sampling(
+    sampling = Sampling(
         guidance=_number(body, "guidance", 0.0),
         image_temperature=_number(body, "image_temperature", 1.0),
         temperature=_number(body, "temperature", 0.0),
@@ -289,6 +313,8 @@ def read_sampling(body: Mapping[str, Any], most_images: int) -> Sampling:
         seed=seed,
         stop=tuple(stop),
     )
+    sampling.check()
+    return sampling
 
 
 async def _body(request: Request, limit: int) -> dict[str, Any]:
@@ -401,16 +427,15 @@ class Server:
 
     async def _complete(self, request: Request) -> Response:
         body = await _body(request, self.config.body_bytes)
-        self.worker.check_room()
         sampling = read_sampling(body, self.service.engine.config.images)
-        turns = await run_in_threadpool(self._turns, body.get("messages"))
         self._count += 1
         about = {
             "id": f"chatcmpl-{self._count}",
             "created": int(time.time()),
             "model": MODEL_NAME,
         }
-        asked = self.worker.answers(turns, sampling, bool(body.get("draw")))
+        read = functools.partial(self._turns, body.get("messages"))
+        asked = self.worker.answers(read, sampling, bool(body.get("draw")))
         if not body.get("stream"):
             async with asked as queue:
                 return await self._whole(request, queue, about)

@@ -18,13 +18,14 @@ import collections
 import dataclasses
 import hashlib
 import pathlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from starflow2_jax.data.decoding import decode
-from starflow2_jax.data.sequences import Turn, unconditional_prompt
+from starflow2_jax.data.sequences import Document, Turn, unconditional_prompt
 from starflow2_jax.data.views import View
 from starflow2_jax.errors import UserError
 from starflow2_jax.model import Conversation, Model, Sampling
@@ -70,6 +71,7 @@ class Service:
         self.model = model
         empty = unconditional_prompt(model.tokenizer, model.bundle.image).tokens
         self.engine = Engine(model.pretzel, config, unconditional=empty, mesh=model.mesh)
+        self._lock = threading.Lock()
         self._texts: dict[int, TextPieces] = {}
         self._pieces: dict[int, list[Piece]] = collections.defaultdict(list)
         self._latents: collections.OrderedDict[bytes, np.ndarray] = collections.OrderedDict()
@@ -93,49 +95,87 @@ class Service:
 
         Args:
             conversation: ends with a user's turn. Images that this service drew are known by their
-                pixels.
+                pixels, where the conversation holds a reply already.
             sampling: how; every field is one number.
             draw: the reply starts with an image, whatever the model would choose.
-            keep: the caches stay for the next turn, until the row is needed.
+            keep: the caches stay for the next turn, until the row is needed; and a conversation
+                that holds a reply already goes on from what is there of it. One that does not is
+                read from its start: its bits depend on nothing that was asked before.
 
         Raises:
             UserError: special tokens in a text, an image of another size, a prompt too long.
         """
         if not conversation or conversation[-1].role != "user":
             raise UserError("a conversation must end with a user's turn")
-        return self.submit(self.row(conversation, draw=draw), sampling, keep=keep)
+        row, reuse = self.row(conversation, draw=draw), keep and goes_on(conversation)
+        return self.submit(row, sampling, keep=keep, reuse=reuse)
 
-    def submit(self, row: Row, sampling: Sampling, *, keep: bool = False) -> int:
-        """`ask` for a row."""
+    def submit(
+        self, row: Row, sampling: Sampling, *, keep: bool = False, reuse: bool = False
+    ) -> int:
+        """`ask` for a row; `keep`, `reuse`: see `engine.Request`."""
+        request = self._request(row, sampling, keep=keep, reuse=reuse)
+        with self._lock:  # so that no event comes before it is known how to read it
+            number = self.engine.submit(request)
+            self._texts[number] = TextPieces(self.model.tokenizer.decode, sampling.stop)
+        return number
+
+    def check(
+        self,
+        conversation: Conversation,
+        sampling: Sampling,
+        *,
+        draw: bool = False,
+        where: str = "prompt",
+    ) -> None:
+        """Raises UserError where `ask` would; no image is encoded. `where`: see `row`."""
+        flow = self.model.pretzel.config.flow
+        document = self._document(conversation, draw, where)
+        u = np.zeros((0, flow.tokens, flow.channels), np.float32)
+        row = Row(document.tokens, document.kinds, document.positions, u, document.views)
+        self.engine.check(self._request(row, sampling), where)
+
+    def _request(self, row: Row, sampling: Sampling, **options: bool) -> Request:
         stop = Stop(sampling.stop, self.model.tokenizer.decode) if sampling.stop else None
         fields = {f.name: getattr(sampling, f.name) for f in dataclasses.fields(sampling)}
         for name, value in fields.items():
             if name != "stop" and np.ndim(value):
                 raise ValueError(f"{name} of several requests at once")
-        return self.engine.submit(Request(row, **fields | {"stop": stop}, keep=keep))
+        return Request(row, **fields | {"stop": stop}, **options)
 
-    def row(self, conversation: Conversation, *, draw: bool = False) -> Row:
-        """The conversation up to the reply."""
-        document = self.model.encode(conversation, draw=draw)
-        u = self.latents(list(document.images))
+    def _document(self, conversation: Conversation, draw: bool, where: str) -> Document:
+        context = self.engine.config.context
+        return self.model.encode(conversation, draw=draw, context=context, where=where)
+
+    def row(self, conversation: Conversation, *, draw: bool = False, where: str = "prompt") -> Row:
+        """The conversation up to the reply; `where`: what to call it in an error.
+
+        Raises:
+            UserError: see `ask`; no image is encoded of a conversation that is too long.
+        """
+        document = self._document(conversation, draw, where)
+        u = self.latents(list(document.images), known=goes_on(conversation))
         return Row(document.tokens, document.kinds, document.positions, u, document.views)
 
-    def latents(self, images: Sequence[np.ndarray], before: int = 0) -> np.ndarray:
+    def latents(
+        self, images: Sequence[np.ndarray], before: int = 0, known: bool = True
+    ) -> np.ndarray:
         """Latents [B, N, C] of a conversation's images uint8 [H, W, channels].
 
         Args:
-            images: in order; those that were drawn here are not encoded.
+            images: in order.
             before: images of the conversation that come before these.
+            known: those that were drawn here are not encoded.
         """
         flow = self.model.pretzel.config.flow
         found = np.zeros((len(images), flow.tokens, flow.channels), np.float32)
         seeds = self.model.reading_seeds(before + len(images))[before:]
         for n, image in enumerate(images):
-            known = self._latents.get(_digest(image))
-            if known is None:
+            u = self._latents.get(_digest(image)) if known else None
+            if u is None:
                 self.encoded += 1
-                known = self.model.latents(image[None], seeds[n : n + 1])[0]
-            found[n] = known
+                u = self.model.latents(image[None], seeds[n : n + 1])[0]
+            found[n] = u
         return found
 
     def cancel(self, number: int) -> None:
@@ -149,7 +189,8 @@ class Service:
         images = iter(self._pixels(drawn))
         answers = []
         for event in events:
-            text = self._texts.setdefault(event.row, TextPieces(self.model.text))
+            with self._lock:
+                text = self._texts[event.row]
             if not isinstance(event, DoneEvent):
                 collect(self._pieces[event.row], event)
             if isinstance(event, TextEvent):
@@ -177,9 +218,16 @@ class Service:
         return images
 
     def _remember(self, image: np.ndarray, u: np.ndarray) -> None:
+        if not np.isfinite(u).all():
+            return  # its pixels may be those of a proper image
         self._latents[_digest(image)] = u
         while len(self._latents) > REMEMBERED:
             self._latents.popitem(last=False)
+
+
+def goes_on(conversation: Conversation) -> bool:
+    """Whether a conversation holds a reply already: it may take up what an earlier one left."""
+    return any(turn.role == "assistant" for turn in conversation)
 
 
 def _digest(image: np.ndarray) -> bytes:
@@ -233,14 +281,16 @@ class Chat:
 
         Raises:
             UserError: special tokens in a text, an image of another size, more than the context
-                holds.
+                holds; a number out of range.
         """
         prompt = self._prompt(Turn("user", parts), draw)
         sampling = dataclasses.replace(self.sampling, **changes)
+        sampling.check()
         # Another stream of random numbers for each reply.
         seed = np.random.SeedSequence([sampling.seed, len(self.turns)]).generate_state(1)[0]
         sampling = dataclasses.replace(sampling, seed=int(seed))
-        number = self.service.submit(prompt, sampling, keep=True)
+        reuse = self.row is not None
+        number = self.service.submit(prompt, sampling, keep=True, reuse=reuse)
         self.turns.append(Turn("user", parts))
         said: list[str | np.ndarray] = []
         answers = self._answers(number)
@@ -284,7 +334,8 @@ class Chat:
         before = len(self.row.u)
         for part in turn.parts:
             if isinstance(part, str):
-                pieces.append(Text(tuple(tokenizer.encode(part))))
+                where = f"turn {len(self.turns) + 1}"
+                pieces.append(Text(tuple(tokenizer.encode(part, where))))
             elif isinstance(part, View):
                 raise UserError("only the first turn of this conversation may show views")
             else:

@@ -44,6 +44,10 @@ class Writing:
     max_new_tokens: int = 512
     seed: int | Sequence[int] = 0
 
+    def check(self) -> None:
+        """Raises UserError for a number out of range."""
+        write_settings(1, (), **dataclasses.asdict(self))
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:

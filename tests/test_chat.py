@@ -235,6 +235,8 @@ def test_the_command(folder, pictures, tmp_path, capsys, monkeypatch, assistant)
         ("--prompt", "a", "--image", str(pictures / "none.png")): ("none.png", "no such"),
         ("--prompt", "a" * 300, "--context", "100"): ("context holds 99",),
         ("--prompt", "a", "--out", "b"): ("--batch",),
+        ("--prompt", "a", "--seed", "-1"): ("seed is -1",),
+        ("--prompt", "a", "--max-new-tokens", "9999999999"): ("max_new_tokens is 9999999999",),
     }.items():
         assert main([*base, *extra]) == 2
         error = capsys.readouterr().err

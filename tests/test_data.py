@@ -55,6 +55,14 @@ def test_a_saved_tokenizer_loads_again(tokenizer, tmp_path):
         load_tokenizer(tmp_path / "nowhere")
 
 
+def test_only_short_texts_stay_in_memory():
+    tokenizer = digits.tokenizer()
+    short = tokenizer.encode("a handwritten three")
+    held = tokenizer._cached.cache_info().currsize
+    assert held and tokenizer.encode("a handwritten three " * 100)[: len(short)] == short
+    assert tokenizer._cached.cache_info().currsize == held
+
+
 def test_kinds_and_positions_of_a_document(story, tokenizer):
     special = tokenizer.special
     starts = np.flatnonzero(story.tokens == special.vision_start)

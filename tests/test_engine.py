@@ -144,27 +144,52 @@ def test_what_was_drawn_is_not_read_again(x64):
     assert reason == "images" and engine.fed == 3
     question = Text((7, 8, 9))
     row = extended(first.row, [Image(pieces[0]), question], CONFIG)
-    again = Request(row, seed=5, temperature=1.0, max_new_tokens=6, max_images=0, keep=True)
+    again = Request(
+        row, seed=5, temperature=1.0, max_new_tokens=6, max_images=0, keep=True, reuse=True
+    )
     # Others come and go in between; rows that keep nothing are taken first.
     served(engine, requests()[:2])
     fed = engine.fed
     [answer] = served(engine, [again])
     assert engine.fed - fed == len(question.tokens)
     assert engine.reused == len(row) - len(question.tokens)
-    [fresh] = served(make(model), [dataclasses.replace(again, keep=False)])
+    [fresh] = served(make(model), [dataclasses.replace(again, keep=False, reuse=False)])
     same(answer, fresh, exact=False)
     # A third turn that changes the question goes back to where they part.
     other = extended(first.row, [Image(pieces[0]), Text((7, 5))], CONFIG)
     fed = engine.fed
     [answer] = served(engine, [dataclasses.replace(again, row=other)])
     assert engine.fed - fed == 1
-    [fresh] = served(make(model), [dataclasses.replace(again, row=other, keep=False)])
+    [fresh] = served(make(model), [dataclasses.replace(again, row=other, keep=False, reuse=False)])
     same(answer, fresh, exact=False)
     # Another image is another prompt, behind the start that is the same.
     other = extended(first.row, [image(3), question], CONFIG)
     fed = engine.fed
     served(engine, [dataclasses.replace(again, row=other)])
     assert engine.fed - fed == len(other)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_what_is_not_finite_stays_with_its_request(monkeypatch, stacked):
+    """Rows, their twins and what is kept of them give later requests the bits of a new engine."""
+    if stacked:  # as on other devices than CPUs
+        monkeypatch.setattr(slots, "for_decoding", lambda model: model)
+    cfg = dataclasses.replace(tiny.config("float32"), special=CONFIG.special)
+    model = tiny.pretzel(cfg, seed=3)
+    sizes = dataclasses.replace(SIZES, rows=2, twins=1, images=1)
+    draw = Request(row_of(Text((1, START))), guidance=1.0, max_images=1, keep=True)
+    wild = [dataclasses.replace(draw, image_temperature=3e38, seed=n) for n in (0, 1)]
+    later = [
+        dataclasses.replace(draw, seed=2, reuse=True),
+        Request(row_of(Text((3, 4))), seed=3, temperature=1.0, max_images=0, max_new_tokens=12),
+        dataclasses.replace(draw, seed=4, guidance=0.0, keep=False),
+    ]
+    engine = make(model, sizes)
+    for pieces, _ in served(engine, wild):
+        assert not np.isfinite(pieces[0]).all()
+    for mine, theirs in zip(served(engine, later), served(make(model, sizes), later), strict=True):
+        assert all(np.isfinite(piece).all() for piece in theirs[0])
+        same(mine, theirs)
 
 
 def test_stop_strings_cancelling_and_refusals(x64):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,9 +27,11 @@ from sampling_cases import (
 )
 
 from starflow2_jax.errors import UserError
-from starflow2_jax.sampling import display, generate
+from starflow2_jax.sampling import display, generate, write
 from starflow2_jax.sampling.prompts import Image, Text, extended, padded, scored
 from starflow2_jax.sampling.state import row_settings
+from starflow2_jax.sampling.step import choose_token
+from starflow2_jax.sampling.text import TextPieces, until
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -75,6 +78,24 @@ def test_a_stream_tells_in_order_and_stops_at_strings():
     assert [len(o.pieces) for o in outputs] == [3] * 4
 
 
+@pytest.mark.parametrize(
+    "stop, given, shown",
+    [
+        ((), ["a", "b", " ", "c "], ["a", "b", "", " c", ""]),
+        (("bcd",), ["ab", "c", "e", "bc", "d", "f"], ["a", "", "bce", "", "", "", ""]),
+        (("bcd",), ["ab", "c"], ["a", "", "bc"]),
+        (("x", " b"), ["a", " b"], ["a", "", ""]),
+        (("\n", "ab"), ["a", "\nb"], ["", "a", ""]),
+        (("é",), ["a\ufffd", "b"], ["", "a\ufffdb", ""]),
+    ],
+)
+def test_text_comes_out_up_to_a_stop_string(stop, given, shown):
+    """What may be its beginning is held back until it is known not to be, or the text ends."""
+    pieces = TextPieces(lambda ids: "".join(given[i] for i in ids), stop)
+    assert [*(pieces.more([n]) for n in range(len(given))), pieces.end()] == shown
+    assert "".join(shown) == until("".join(given), stop).strip(" ")
+
+
 def test_no_prompts():
     assert generate.generate(random_model(), [], row_settings(0)) == []
 
@@ -111,6 +132,10 @@ def test_bad_requests_say_what_is_wrong():
         ("guidance", -0.5), ("max_new_tokens", -1), ("max_images", -1),
     ):  # fmt: skip
         refused(UserError, f"{name} is {value}, expected a", changes={name: value})
+    for name in ("temperature", "image_temperature", "guidance"):  # as the result of a cast
+        infinite = dataclasses.replace(row_settings(1), **{name: np.array([np.inf])})
+        with pytest.raises(UserError, match=f"{name} is inf, expected a finite number"):
+            generate.check_settings(infinite, 1, CONFIG, UNCONDITIONAL, None)
     refused(UserError, "a stop string is empty", stop=generate.Stop(("a", ""), str))
     refused(UserError, "prompt 0 is empty", row=())
     refused(UserError, "max_images is 0", row=(1, START), changes={"max_images": 0})
@@ -119,6 +144,39 @@ def test_bad_requests_say_what_is_wrong():
     refused(UserError, "guidance needs 7 positions", unconditional=UNCONDITIONAL, context=6)
     with pytest.raises(ValueError, match="LATENT positions"):
         padded([dataclasses.replace(row_of(image(0)), u=np.zeros((0, N, C)))])
+
+
+def test_numbers_that_their_type_does_not_hold_are_refused_by_name():
+    with jax.enable_x64(False):
+        for name, value in (
+            ("temperature", 1e39), ("image_temperature", np.inf), ("guidance", 10**400),
+            ("max_new_tokens", 9999999999), ("max_images", [1, 2**31]), ("seed", -1),
+            ("seed", [3, 2**32]), ("max_new_tokens", np.nan),
+        ):  # fmt: skip
+            with pytest.raises(UserError, match=f"{name} is .*, expected a number from"):
+                row_settings(2, **{name: value})
+            if name not in ("image_temperature", "guidance", "max_images"):
+                with pytest.raises(UserError, match=f"{name} is"):
+                    write.write_settings(2, (), **{name: value})
+        kept = row_settings(2, temperature=3e38, max_new_tokens=2**31 - 1, seed=2**32 - 1)
+        assert np.isfinite(kept.temperature).all() and kept.max_new_tokens[0] == 2**31 - 1
+        assert kept.seed[0] == 2**32 - 1
+
+
+def test_no_temperature_makes_a_forbidden_token_likely():
+    """At 1e-38 every logit over it is infinite; nothing may be left but what is allowed."""
+    logits = jnp.asarray([[-30.0, -20.0, -10.0, -40.0]], jnp.float32)
+    allowed = jnp.asarray([[False, True, True, True]])
+    for temperature in (1e-38, 1e-45, 3e38):
+        token = choose_token(
+            logits,
+            allowed,
+            jax.random.split(jax.random.key(0), 1),
+            jnp.asarray([temperature], jnp.float32),
+            jnp.ones(1, jnp.float32),
+            jnp.ones(1, bool),
+        )
+        assert token[0] != 0 and (temperature > 1 or token[0] == 2)
 
 
 def test_display_and_score():

@@ -399,3 +399,13 @@ def test_a_damaged_record_stops_the_job_with_its_name(folder, tmp_path, capsys):
     assert main(arguments(folder, tmp_path / "out", "spoilt")) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "spoilt.jsonl line 5" in line and "images/none.png" in line
+
+
+def test_a_text_that_cannot_be_read_is_named_by_its_line(folder, tmp_path, capsys):
+    lines = (folder / "drawings.jsonl").read_text().splitlines()
+    lines[4] = lines[4].replace("a handwritten", "a <|im_end|>")
+    (folder / "special.jsonl").write_text("\n".join(lines))
+    for score in ("likelihood", "matching"):
+        assert main(arguments(folder, tmp_path / score, "special", "--score", score)) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert "special.jsonl line 5: the text holds the special token" in line

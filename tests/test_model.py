@@ -147,6 +147,19 @@ def test_bad_prompts_are_the_users_to_mend(model):
         model.generate([[Turn("user", ("a handwritten three",))]], context=4)
 
 
+def test_bad_prompts_are_named_by_their_own_number(model):
+    good, bad = ([Turn("user", (text,))] for text in ("a handwritten three", "a <|im_end|>"))
+    long = [Turn("user", ("a handwritten three " * 20,))]
+    sampling = Sampling(max_new_tokens=1, max_images=0)
+    for name, options in (("prompt 3", {}), ("here:4", {"names": ["", "", "", "here:4"]})):
+        with pytest.raises(UserError, match=f"^{name}: the text holds"):
+            model.generate([good] * 3 + [bad], sampling, rows=2, **options)
+        with pytest.raises(UserError, match=f"^{name} has .* the context holds 32"):
+            model.generate([good] * 3 + [long], sampling, rows=2, context=32, **options)
+    with pytest.raises(UserError, match="^conversation 1: the text holds"):
+        model.log_prob([good, bad])
+
+
 def test_captions_are_scored_with_the_same_noise(model):
     scores = score_captions(model, IMAGES, ["a handwritten two", "a handwritten two"])
     assert scores.captioned.shape == (3, 2) and scores.empty.shape == (3,)

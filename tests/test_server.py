@@ -1,5 +1,6 @@
 """`starflow2 serve`: chat completions, likelihoods, bad clients, many clients, and the page."""
 
+import asyncio
 import base64
 import concurrent.futures
 import http.client
@@ -20,9 +21,10 @@ from PIL import Image
 
 from starflow2_jax.data import digits
 from starflow2_jax.data.sequences import Turn
-from starflow2_jax.model import Model
+from starflow2_jax.errors import UserError
+from starflow2_jax.model import Model, Sampling
 from starflow2_jax.sampling.engine import EngineConfig
-from starflow2_jax.server import Broken, ServerConfig, Worker, image_url, make_application
+from starflow2_jax.server import Broken, Busy, ServerConfig, Worker, image_url, make_application
 from starflow2_jax.service import Service
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (4, 4, 1), dtype=np.uint8)
@@ -103,8 +105,9 @@ def test_a_reply_is_the_services_own(server):
     message = choice["message"]
     assert choice["finish_reason"] == "stop" and len(message["images"]) == 1
     assert pixels(message["images"][0]).shape == (4, 4)
+    reused = server.service.engine.reused
     again = server.chat(text("a handwritten three"), draw=True, **options)[1]
-    assert again["choices"] == reply["choices"]
+    assert again["choices"] == reply["choices"] and server.service.engine.reused == reused
     other = server.chat(text("a handwritten three"), draw=True, **options | {"seed": 4})[1]
     assert other["choices"] != reply["choices"]
     # Read back what was drawn.
@@ -115,6 +118,7 @@ def test_a_reply_is_the_services_own(server):
     ]
     status, content = server.ask("/v1/chat/completions", {"messages": said, "max_tokens": 4})
     assert status == 200, content
+    assert server.service.engine.reused > reused
     status, content = server.ask("/v1/likelihood", {"messages": said})
     found = json.loads(content)
     turns = [
@@ -143,6 +147,29 @@ def test_a_stream_is_the_same_reply_in_pieces(server):
     assert images == message["images"] and images
     pieces = "".join(choice["delta"].get("content", "") for choice in choices)
     assert pieces == "".join(part.get("text", "") for part in message["parts"])
+
+
+def test_a_stop_string_is_no_part_of_the_reply(server):
+    options = {"max_images": 0, "temperature": 1.0, "max_tokens": 24}
+    for seed in range(20):  # until it writes two letters that are text, behind others
+        options["seed"] = seed
+        whole = server.chat(text("a handwritten three"), **options)[1]
+        content = whole["choices"][0]["message"]["content"]
+        pairs = [content[i : i + 2] for i in range(2, len(content) - 1)]
+        stop = next((pair for pair in pairs if pair.isascii() and pair.isalnum()), None)
+        if stop:
+            break
+    assert stop and stop in content
+    reply = server.chat(text("a handwritten three"), **options, stop=["never", stop])[1]
+    [choice] = reply["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert choice["message"]["content"] == content.split(stop)[0].strip(" ")
+    body = {"messages": [{"role": "user", "content": "a handwritten three"}], **options}
+    body |= {"stop": stop, "stream": True}
+    events = server.ask("/v1/chat/completions", body)[1].decode().strip().split("\n\n")[:-1]
+    deltas = [json.loads(e.removeprefix("data: "))["choices"][0]["delta"] for e in events]
+    pieces = "".join(delta.get("content", "") for delta in deltas)
+    assert pieces == choice["message"]["content"]
 
 
 BROKEN = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}
@@ -178,6 +205,12 @@ def picture_of(width, height):
         ({"messages": [{"role": "user", "content": "a"}], "top_p": 7}, 400, "top_p"),
         ({"messages": [{"role": "user", "content": "a"}], "guidance": "x"}, 400, "guidance is 'x'"),
         ({"messages": [{"role": "user", "content": "a"}], "max_images": 9}, 400, "at most 2"),
+        ({"messages": [LAST], "temperature": 1e39}, 400, "temperature is 1e+39"),
+        ({"messages": [LAST], "guidance": 10**400}, 400, "guidance is 1000"),
+        ({"messages": [LAST], "image_temperature": float("inf")}, 400, "image_temperature is inf"),
+        ({"messages": [LAST], "temperature": -1}, 400, "temperature is -1.0"),
+        ({"messages": [LAST], "max_tokens": 10**10}, 400, "max_tokens is 10000000000"),
+        ({"messages": [LAST], "seed": 2**32}, 400, "seed is 4294967296"),
         (b" " * (BODY_LIMIT + 1), 413, "over the limit"),
     ],
 )
@@ -203,6 +236,53 @@ def test_an_engine_that_broke_is_not_a_busy_one(capsys):
     assert worker.failed and "no memory" in capsys.readouterr().err
     with pytest.raises(Broken):
         worker.check_room()
+
+
+def test_no_more_pictures_are_read_at_a_time_than_requests_are_answered():
+    class Engineless:
+        def row(self, turns, draw):
+            return turns
+
+        def submit(self, row, sampling, **options):
+            return 0
+
+        def cancel(self, number):
+            pass
+
+    worker = Worker(Engineless(), waiting=1)
+    begun, go_on, read = threading.Event(), threading.Event(), []
+
+    def slow():
+        read.append("slow")
+        begun.set()
+        assert go_on.wait(30)
+        return [Turn("user", ("a",))]
+
+    def never():
+        read.append("never")
+
+    def broken():
+        raise UserError("no picture")
+
+    async def ask(read):
+        async with worker.answers(read, Sampling(), False):
+            return worker.active
+
+    async def all_of_them():
+        first = asyncio.create_task(ask(slow))
+        await asyncio.to_thread(begun.wait, 30)
+        assert worker.active == 1
+        with pytest.raises(Busy):
+            await ask(never)
+        go_on.set()
+        assert await first == 1 and worker.active == 0
+        for _ in range(2):  # who fails gives the place back
+            with pytest.raises(UserError, match="no picture"):
+                await ask(broken)
+        assert await ask(slow) == 1 and worker.active == 0
+
+    asyncio.run(all_of_them())
+    assert read == ["slow", "slow"]
 
 
 def test_what_is_scored_is_bounded(server):
@@ -309,10 +389,20 @@ def test_the_page_in_chromium(server, tmp_path):
         browser.find_element(By.ID, "send").click()
         wait.until(lambda _: len(find(".assistant.done")) == 2)
         assert len(find(".user img")) == 1 and not find(".error")
+        wait.until(lambda _: "bits/dim" in find(".user figcaption")[0].text)
         # What the server refuses is shown, and the conversation goes on.
+        browser.find_element(By.ID, "file").send_keys(str(tmp_path / "digit.png"))
         browser.find_element(By.ID, "text").send_keys("<|im_end|>")
         browser.find_element(By.ID, "send").click()
         wait.until(lambda _: find(".error") and "special token" in find(".error")[0].text)
+        # It is no part of what is scored: the next number is the next drawing's.
+        browser.find_element(By.ID, "draw").click()
+        browser.find_element(By.ID, "text").send_keys("a handwritten two")
+        browser.find_element(By.ID, "send").click()
+        wait.until(lambda _: len(find(".assistant.done")) == 3)
+        wait.until(lambda _: "bits/dim" in find(".assistant.done figcaption")[-1].text)
+        assert len(find(".failed figcaption")) == 1
+        assert not find(".failed figcaption")[0].text
         browser.find_element(By.ID, "clear").click()
         assert not find(".turn")
     finally:

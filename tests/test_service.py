@@ -1,5 +1,6 @@
 """Conversations over the engine, in Python, as a job and in the terminal."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -11,7 +12,7 @@ import PIL.Image
 import pytest
 import tiny
 
-from starflow2_jax import Sampling, Turn
+from starflow2_jax import Sampling, Turn, sample
 from starflow2_jax.bundle import save_bundle
 from starflow2_jax.cli.main import main
 from starflow2_jax.conversation import as_text, shows_images
@@ -95,6 +96,42 @@ def test_an_answer_about_a_drawing_costs_its_question(model, service):
     # From 8-bit pixels they are not: that is the grey levels' and the dequantisation's error.
     rough = model.latents(image[None], [0])
     assert np.abs(rough - whole.u).max() > 1e-3
+
+
+def test_latents_that_are_not_finite_are_not_remembered(model):
+    service = Service(model, EngineConfig(rows=1, context=64, images=1, chunk=16))
+    turns = [Turn("user", ("a handwritten three",))]
+    for heat, remembered in ((3e38, 0), (1.0, 1)):
+        sampling = Sampling(image_temperature=heat, max_images=1)
+        [(parts, _)] = finished(service, [service.ask(turns, sampling, draw=True)])
+        assert parts[0].shape == IMAGES[0].shape and len(service._latents) == remembered
+
+
+def test_images_of_a_conversation_that_is_too_long_are_not_encoded(service):
+    encoded = service.encoded
+    with pytest.raises(UserError, match="the context holds 128"):
+        service.ask([Turn("user", (*IMAGES,) * 10)])
+    assert service.encoded == encoded
+
+
+def test_a_conversation_without_a_reply_depends_on_nothing_that_was_asked(model):
+    """Not on caches that start like it, nor on drawings whose pixels it shows."""
+    sizes = EngineConfig(rows=2, context=128, images=2, chunk=64)
+    used, sampling = Service(model, sizes), Sampling(seed=1, max_images=1)
+    u = []
+
+    def drawn(service, *parts):
+        number = service.ask([Turn("user", parts)], sampling, draw=True, keep=True)
+        [image] = [a for _ in iter(lambda: service.busy, False) for a in service.poll()
+                   if a.number == number and a.u is not None]  # fmt: skip
+        u.append(image.u)
+        return image.part
+
+    other = drawn(used, *IMAGES, "which digit is this?")
+    drawn(used, *IMAGES, other, "count up from three")
+    drawn(Service(model, sizes), *IMAGES, other, "count up from three")
+    np.testing.assert_array_equal(u[1], u[2])
+    assert used.engine.reused == 0 and used.encoded == 7
 
 
 def _with(row, u):
@@ -198,6 +235,52 @@ def test_sample_writes_a_folder_and_goes_on_with_it(folder, tmp_path, capsys):
     }
 
 
+def test_samples_of_other_line_breaks_of_unicode_are_kept(model, tmp_path):
+    """Only a newline ends a line, of prompts and of samples; what has none at its end is torn."""
+    breaks = "\u2028\u2029\x85"
+    prompts = [tmp_path / "p.jsonl", tmp_path / "p.txt"]
+    prompts[0].write_text(f'\n{{"prompt": "one{breaks}two"}}\n\n{{"prompt": "b"}}\n', "utf-8")
+    prompts[1].write_text(f"\none{breaks}two\n\nb\n", "utf-8")
+    for path in prompts:
+        found = sample.from_file(path, model)
+        assert [p.turns[0].parts for p in found] == [(f"one{breaks}two",), ("b",)]
+        assert [p.name for p in found] == [f"{path}:2", f"{path}:4"]
+    lines = [json.dumps({"id": i, "parts": breaks}, ensure_ascii=False) for i in "abc"]
+    file = tmp_path / "samples.jsonl"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    assert sample._finished(file, 1, lambda _: True) == {"a", "b"}
+    assert file.read_text(encoding="utf-8") == "".join(f"{line}\n" for line in lines[:2])
+
+
+def test_a_command_that_cannot_be_run_claims_no_folder(folder, tmp_path, capsys):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a handwritten three\n\na <|im_end|> three\n")
+    long = tmp_path / "long.txt"
+    long.write_text("three\n" + "a handwritten three " * 9)
+    small = ["--context", 24, "--prompts", long]
+    for options, message in (
+        (["a three", "--guidance", -1], "guidance is -1.0"),
+        (["a three", "--seed", -1], "seed is -1"),
+        (["a three", "--free", "--max-new-tokens", 9999999999], "max_new_tokens is 9999999999"),
+        (["--prompts", prompts], f"{prompts}:3: the text holds the special token"),
+        (small, f"{long}:2: "),
+    ):
+        out = tmp_path / "out"
+        assert run("sample", "--model", folder, "--out", out, "--rows", 1, *options) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and not out.exists()
+
+
+def test_a_run_is_of_the_codec_too(model):
+    bundle = model.bundle
+    codec = dataclasses.replace(bundle.codec, divisors=bundle.codec.divisors * 2)
+    other = Model(dataclasses.replace(bundle, codec=codec))
+    about = [
+        sample.describe(m, Sampling(), EngineConfig(), 1, True, [], None) for m in (model, other)
+    ]
+    assert about[0]["weights_sha256"] == bundle.checksum() != about[1]["weights_sha256"]
+
+
 @pytest.mark.slow
 def test_sample_for_a_benchmark(folder, tmp_path, capsys):
     prompts = tmp_path / "evaluation_metadata.jsonl"
@@ -237,6 +320,28 @@ def test_chat_in_the_terminal(folder, tmp_path, capsys, monkeypatch):
     assert PIL.Image.open(to / "0001.png").size == (4, 4)
     assert run("chat", "--model", folder, "--batch", "x") == 2
     assert "starflow2 sample" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--seed", "-1"], "seed is -1"),
+        (["--max-new-tokens", "9999999999"], "max_new_tokens is 9999999999"),
+        (["--temperature", "inf"], "temperature is inf"),
+        (["--image-temperature", "1e39"], "image_temperature is 1e+39"),
+    ],
+)
+def test_chat_refuses_numbers_before_it_reads_a_model(tmp_path, capsys, options, message):
+    (tmp_path / "model.json").write_text('{"model": {"flow": 0, "special": 0}}')
+    assert run("chat", "--model", tmp_path, "--prompt", "a", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_chat_refuses_no_rows(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("chat", "--model", tmp_path, "--batch", "x", "--rows", 0)
+    assert "--rows: '0' is no positive number" in capsys.readouterr().err
 
 
 def test_pictures_as_text():

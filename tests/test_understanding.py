@@ -208,6 +208,10 @@ def test_a_vlm_sees_through_its_tower(folder, tmp_path):
         ({"image": "none.png", "answer": "a"}, "none.png: No such file"),
         ({"image": "bad.png", "answer": "a"}, "line 1: the picture cannot be read"),
         ({"question": "why?"}, "no field 'answer'"),
+        (
+            {"image": "0.png", "question": "why<|im_end|>?", "answer": "a"},
+            "bad.jsonl line 1: the text holds the special token <|im_end|>",
+        ),
     ],
 )
 def test_bad_records_stop_the_job_with_their_name(folder, tmp_path, line, message, capsys):

@@ -13,7 +13,7 @@ import pathlib
 import sys
 from typing import TextIO
 
-from starflow2_jax.cli.arguments import add_model, load_model
+from starflow2_jax.cli.arguments import add_model, load_model, positive
 from starflow2_jax.errors import UserError
 
 SUMMARY = "talk with a model, in text and images"
@@ -43,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--image", metavar="FILE", action="append", default=[], help="of the first turn; repeatable"
     )
     parser.add_argument("--out", metavar="FILE", help="of --batch; default: standard output")
-    parser.add_argument("--rows", metavar="N", type=int, default=8, help="of a batch (8)")
+    parser.add_argument("--rows", metavar="N", type=positive, default=8, help="of a batch (8)")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=512, help="(512)")
     parser.add_argument(
         "--guidance", metavar="W", type=float, default=0.0, help="of images that are drawn (0)"
@@ -61,7 +61,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context",
         metavar="N",
-        type=int,
+        type=positive,
         help="most positions; default: 1024, or what the VLM's config.json says",
     )
     parser.epilog = _EPILOG
@@ -104,7 +104,6 @@ def _with_images(args: argparse.Namespace) -> None:
         raise UserError(
             "--batch and --out go with a converted VLM; for many prompts see starflow2 sample"
         )
-    model = load_model(args)
     sampling = Sampling(
         guidance=args.guidance,
         image_temperature=args.image_temperature,
@@ -114,6 +113,8 @@ def _with_images(args: argparse.Namespace) -> None:
         max_images=args.max_images,
         seed=args.seed,
     )
+    sampling.check()
+    model = load_model(args)
     chat = model.chat(sampling, context=args.context or 1024)
     folder = conversation.Folder(
         pathlib.Path(args.images_to), conversation.shows_images(sys.stdout)
@@ -134,8 +135,9 @@ def _with_vlm(args: argparse.Namespace) -> None:
         raise UserError("--out goes with --batch; a conversation is shown in the terminal")
     if args.devices != 1:
         raise UserError("--devices goes with a STARFlow2 model; a converted VLM lies on one")
-    assistant = vlm.Assistant.load(args.model, args.dtype, args.context)
     writing = vlm.Writing(args.temperature, args.top_p, args.max_new_tokens, args.seed)
+    writing.check()
+    assistant = vlm.Assistant.load(args.model, args.dtype, args.context)
     if args.batch is not None:
         if args.image:
             raise UserError("--image goes with a conversation; a batch names images in its lines")

@@ -82,8 +82,6 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: bad model, prompts or folder; or a finished folder that its scorer would misread.
     """
-    if args.seed < 0:
-        raise UserError(f"--seed is {args.seed}, expected at least 0")
     if bool(args.text) == bool(args.prompts):
         raise UserError("give prompts as TEXT, or a file with --prompts")
     if args.format != "plain" and (args.free or args.text):
@@ -102,15 +100,6 @@ def run(args: argparse.Namespace) -> None:
         "wise": formats.Wise,
         "lmms": lambda **changes: formats.LmmsEval(task=args.task, **changes),
     }
-    model = load_model(args)
-    path = pathlib.Path(args.prompts) if args.prompts else None
-    layout, items = None, None
-    if args.format != "plain":
-        layout = makers[args.format](**({"samples": args.samples} if args.samples else {}))
-        prompts, items = sample.layout_prompts(layout, path)
-    else:
-        prompts = sample.from_texts(args.text) if path is None else sample.from_file(path, model)
-    samples = layout.samples if layout else args.samples or 1
     sampling = Sampling(
         guidance=args.guidance,
         image_temperature=args.image_temperature,
@@ -121,6 +110,16 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         stop=tuple(args.stop),
     )
+    sampling.check()
+    model = load_model(args)
+    path = pathlib.Path(args.prompts) if args.prompts else None
+    layout, items = None, None
+    if args.format != "plain":
+        layout = makers[args.format](**({"samples": args.samples} if args.samples else {}))
+        prompts, items = sample.layout_prompts(layout, path)
+    else:
+        prompts = sample.from_texts(args.text) if path is None else sample.from_file(path, model)
+    samples = layout.samples if layout else args.samples or 1
     draw, out = not args.free, pathlib.Path(args.out)
     config = EngineConfig(
         rows=args.rows,
@@ -128,8 +127,6 @@ def run(args: argparse.Namespace) -> None:
         context=args.context or sample.needed(model, prompts, sampling, draw),
         images=sampling.max_images,
     )
-    about = sample.describe(model, sampling, config, samples, draw, prompts, path)
-    sample.claim(out, {"format": args.format, **about}, args.resume)
     total = len(prompts) * samples
     progress = Progress("sample", total, unit="samples")
     job = sample.Job(
@@ -141,6 +138,10 @@ def run(args: argparse.Namespace) -> None:
         layout=layout,
         on_progress=lambda done: progress.update(done, {}),
     )
+    # A command that cannot be run leaves nothing: the corrected one finds no other run's folder.
+    job.check(prompts)
+    about = sample.describe(model, sampling, config, samples, draw, prompts, path)
+    sample.claim(out, {"format": args.format, **about}, args.resume)
     drawn = job.run(prompts, items)
     print(f"wrote {drawn} samples, {total} in all, to {out}")
     if layout is not None:

@@ -206,7 +206,7 @@ def encode_turns(
         writer.text(tokenizer.encode_template(opening), loss=False)
         for part in turn.parts:
             if isinstance(part, str):
-                writer.text(tokenizer.encode(part), loss=assistant)
+                writer.text(tokenizer.encode(part, where), loss=assistant)
             elif isinstance(part, View):
                 if assistant:
                     raise UserError(

@@ -13,6 +13,8 @@ from starflow2_jax.models.pretzel import SpecialTokens
 
 TOKENIZER_FILE = "tokenizer.json"
 TURNS_FILE = "turns.json"
+CACHED_CHARACTERS = 512
+"""Texts shorter than this are encoded once: templates, labels, captions; others fill memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Tokenizer:
             end=self._id("<|im_end|>"),
             video_pad=self._specials.get("<|video_pad|>"),
         )
-        self.encode_template = functools.lru_cache(maxsize=4096)(self._encode)
+        self._cached = functools.lru_cache(maxsize=4096)(self._encode)
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[tokenizers.Tokenizer, Turns]]:
         """Worker processes get copies; the cache stays behind."""
@@ -70,18 +72,23 @@ class Tokenizer:
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.backend.encode(text, add_special_tokens=False).ids) if text else ()
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode_template(self, text: str) -> tuple[int, ...]:
+        """A text to ids, special tokens among them."""
+        return self._cached(text) if len(text) < CACHED_CHARACTERS else self._encode(text)
+
+    def encode(self, text: str, where: str = "") -> tuple[int, ...]:
         """A user's text to ids.
 
         Raises:
-            UserError: the text holds a special token.
+            UserError: the text holds a special token; `where` says which text it is.
         """
         for token in self._specials:
             if token in text:
                 at = text.index(token)
+                place = f"{where}: " if where else ""
                 raise UserError(
-                    f"the text holds the special token {token} at character {at}; images are "
-                    "given as images, turns by the chat template: remove it"
+                    f"{place}the text holds the special token {token} at character {at}; images "
+                    "are given as images, turns by the chat template: remove it"
                 )
         return self.encode_template(text)
 

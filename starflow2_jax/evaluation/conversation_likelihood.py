@@ -74,7 +74,9 @@ class ConversationLikelihood:
         examples = [self.dataset[index] for index in records]
         seeds = noise_seeds(self.seed, records)
         turns = [example.turns for example in examples]
-        found = self.model.score_draws(turns, seeds=seeds, draws=self.draws, rows=len(records))
+        names = [self.dataset.source.name(index) for index in records]
+        options = {"seeds": seeds, "draws": self.draws, "rows": len(records), "names": names}
+        found = self.model.score_draws(turns, **options)
         rows = []
         for index, example, scores in zip(records, examples, found, strict=True):
             roles = [t.role for t in example.turns for p in t.parts if isinstance(p, np.ndarray)]

@@ -85,7 +85,10 @@ class CaptionTable:
         """
         drawing = lambda prompt, image: [Turn("user", prompt), Turn("assistant", (image,))]
         each = {prompt for some in prompts for prompt in some}
-        longest = max(self.model.length(drawing(prompt, images[0])) for prompt in each)
+        longest = max(
+            self.model.length(drawing(prompt, images[0]), f"caption {' '.join(prompt)!r}")
+            for prompt in each
+        )
         columns = []
         for mine in prompts:
             found = self.model.score_draws(
@@ -94,6 +97,7 @@ class CaptionTable:
                 draws=self.draws,
                 rows=len(records),
                 positions=longest,
+                names=[self.dataset.source.name(index) for index in records],
             )
             columns.append(np.stack([scores.images[:, 0] for scores in found], axis=1))
         return np.stack(columns, axis=1)

@@ -20,6 +20,7 @@ from starflow2_jax.data.sequences import Part, Turn
 from starflow2_jax.data.views import Limits, view
 from starflow2_jax.errors import UserError
 from starflow2_jax.model import Model, Sampling, load
+from starflow2_jax.sampling.text import until
 from starflow2_jax.vlm import Assistant, Writing
 
 Path = Literal["vit", "latent"]
@@ -111,6 +112,7 @@ class Responder:
         numbers: Sequence[int] | None = None,
         stop: tuple[str, ...] = (),
         rows: int = 16,
+        names: Sequence[str] | None = None,
     ) -> list[str]:
         """The texts of the replies; nothing is drawn.
 
@@ -123,11 +125,13 @@ class Responder:
                 replies; default 0, 1, ...
             stop: strings that end a reply and are no part of it.
             rows: of a compiled batch.
+            names: what to call each conversation in an error; default: prompt and its number.
 
         Raises:
             UserError: special tokens in a text, or more than the context holds.
         """
         numbers = range(len(conversations)) if numbers is None else numbers
+        names = names or [f"prompt {n}" for n in numbers]
         if self._model is not None:
             sampling = Sampling(
                 temperature=temperature,
@@ -137,16 +141,18 @@ class Responder:
                 seed=[np.random.SeedSequence([seed, n]).generate_state(1)[0] for n in numbers],
                 stop=stop,
             )
-            replies = self._model.generate(conversations, sampling, rows=rows)
+            replies = self._model.generate(conversations, sampling, rows=rows, names=names)
             texts = [reply.text for reply in replies]
         else:
             texts = []
             for start in range(0, len(conversations), rows):
-                seeds = [seed + n for n in numbers[start : start + rows]]
-                writing = Writing(temperature, top_p, max_new_tokens, seeds)
-                some = self._assistant.answers(conversations[start : start + rows], writing)
+                here = slice(start, start + rows)
+                writing = Writing(
+                    temperature, top_p, max_new_tokens, [seed + n for n in numbers[here]]
+                )
+                some = self._assistant.answers(conversations[here], writing, names[here])
                 texts += [answer.text for answer in some]
-        return [_until(text, stop) for text in texts]
+        return [until(text, stop).strip() for text in texts]
 
 
 def _encoded(picture: PIL.Image.Image) -> bytes:
@@ -156,9 +162,3 @@ def _encoded(picture: PIL.Image.Image) -> bytes:
     held = picture.mode in ("1", "L", "LA", "P", "RGB", "RGBA")
     (picture if held else picture.convert("RGB")).save(file, "PNG")
     return file.getvalue()
-
-
-def _until(text: str, stop: Sequence[str]) -> str:
-    for end in stop:
-        text = text.split(end, 1)[0]
-    return text.strip()

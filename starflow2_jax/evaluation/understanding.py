@@ -187,13 +187,14 @@ class _Exam:
     def score(self, records: range) -> list[Row]:
         """Asks some questions."""
         questions = [self.question(index) for index in records]
+        names = [self._source.name(index) for index in records]
         asked: list[list[Turn]] = [
-            [self._responder.turn("user", q.said, self._source.name(index))]
-            for index, q in zip(records, questions, strict=True)
+            [self._responder.turn("user", q.said, name)]
+            for name, q in zip(names, questions, strict=True)
         ]
         setting = self._setting
         replies = self._responder.answers(
-            asked, max_new_tokens=setting.max_new_tokens, rows=setting.rows
+            asked, max_new_tokens=setting.max_new_tokens, rows=setting.rows, names=names
         )
         return [
             {

@@ -94,7 +94,7 @@ class Slots:
         own; where they have one, the caller has seen to it that there is room.
         """
         k = k.transpose(0, 2, 3, 1).astype(self.k.dtype)  # [B, K, d, T]
-        v = v.transpose(0, 2, 1, 3).astype(self.v.dtype)  # [B, K, T, d]
+        v = as_stored(v.transpose(0, 2, 1, 3), self.v.dtype)  # [B, K, T, d]
         rows, size = len(k), k.shape[3]
         if self.length.ndim == 0:
             if lengths is not None:
@@ -139,6 +139,16 @@ def _put_by_rows(
         old = jax.lax.dynamic_slice(stored, where, mine.shape)
         stored = jax.lax.dynamic_update_slice(stored, jnp.where(kept, mine, old), where)
     return stored
+
+
+def as_stored(v: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Values as a cache keeps them: finite ones, 0 in place of the others.
+
+    A slot that is not seen has the weight 0, and 0 times what is not finite would still be seen: by
+    whoever has the row next. Those that do see the slot have the key's score to tell.
+    """
+    v = v.astype(dtype)
+    return jnp.where(jnp.isfinite(v), v, 0)
 
 
 def cache_fold(kv_heads: int, head_dim: int) -> int:

@@ -236,9 +236,9 @@ def _append(cache: Cache, k: jax.Array, v: jax.Array, lengths: jax.Array | None)
     taken = jnp.full((rows,), size, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
     heads, width = cache["k"].shape[2], cache["k"].shape[4]  # folded, maybe
     k, v = (new.reshape(*new.shape[:3], heads, width).swapaxes(2, 3) for new in (k, v))
+    v = attention.as_stored(v, cache["v"].dtype)
     if not slots:
-        dtype = cache["k"].dtype
-        return {"k": k.astype(dtype), "v": v.astype(dtype), "length": taken}
+        return {"k": k.astype(cache["k"].dtype), "v": v, "length": taken}
     offset = jnp.arange(size, dtype=jnp.int32)
     slot = jnp.where(
         offset[None] < taken[:, None], cache["length"][:, None] + offset[None], slots

@@ -7,8 +7,8 @@
 
 Rows that write, draw, read their prompts or wait for a twin share every step. The same request with
 the same seed gives the same bits in any row and any company, for one `EngineConfig` and mesh. A
-request with `keep` leaves its row's caches behind: a later one that goes on from there reads only
-what is new, images that were drawn included.
+request with `keep` leaves its row's caches behind: a later one with `reuse` that goes on from there
+reads only what is new, images that were drawn included.
 
 Letters: B rows, T positions, I images, N tokens per image, C latent channels.
 """
@@ -88,7 +88,8 @@ class Request:
             follows at once.
         stop: strings that end the reply.
         keep: the caches stay for a request that goes on from this one's row and reply, until the
-            row is needed; and this one goes on from where such a request ended. Its numbers then
+            row is needed.
+        reuse: this one goes on from where a request with `keep` ended, if it can. Its numbers then
             are those of another order of computation, equal to rounding.
     """
 
@@ -102,6 +103,7 @@ class Request:
     max_images: int = 1
     stop: Stop | None = None
     keep: bool = False
+    reuse: bool = False
 
     def settings(self) -> RowSettings:
         """Of one row."""
@@ -216,19 +218,23 @@ class Engine:
         Raises:
             UserError: a setting out of range, or a prompt that does not fit.
         """
-        settings, config = request.settings(), self.config
-        check_settings(settings, 1, self._shape, self._unconditional, request.stop)
-        check_prompts([request.row], settings, self._shape, None, config.context)
-        if request.row.views and self._shape.vlm.vision is None:
-            raise UserError("the prompt has views, but the model has no vision tower")
-        if request.max_images > config.images:
-            raise UserError(
-                f"max_images is {request.max_images}, this engine draws up to {config.images}"
-            )
+        self.check(request)
         with self._lock:
             number = next(self._numbers)
             self._queue.append((number, request))
         return number
+
+    def check(self, request: Request, name: str = "the prompt") -> None:
+        """Raises UserError as `submit` does; `name`: what to call the prompt."""
+        settings, config = request.settings(), self.config
+        check_settings(settings, 1, self._shape, self._unconditional, request.stop)
+        check_prompts([request.row], settings, self._shape, None, config.context, [name])
+        if request.row.views and self._shape.vlm.vision is None:
+            raise UserError(f"{name} has views, but the model has no vision tower")
+        if request.max_images > config.images:
+            raise UserError(
+                f"max_images is {request.max_images}, this engine draws up to {config.images}"
+            )
 
     def cancel(self, number: int) -> None:
         """Ends a request: its last event is a `DoneEvent` with the reason "cancelled"."""
@@ -317,7 +323,7 @@ class Engine:
         free = [i for i, seat in enumerate(self._seats) if seat.number is None]
         if not free:
             return None
-        if request.keep:
+        if request.reuse:
             same = {
                 i: min(shared(self._seats[i].kept, request.row), self._seats[i].cached)
                 for i in free

@@ -19,7 +19,7 @@ from starflow2_jax.sampling import jacobi as parallel
 from starflow2_jax.sampling import step
 from starflow2_jax.sampling.jacobi import JacobiConfig
 from starflow2_jax.sampling.prompts import Image, Piece, Row, Text, padded
-from starflow2_jax.sampling.state import Mode, RowSettings, SampleState
+from starflow2_jax.sampling.state import LIMITS, Mode, RowSettings, SampleState, check_number
 
 Reason = Literal["end", "stop", "tokens", "images", "context", "cancelled"]
 
@@ -84,17 +84,6 @@ def bucket(size: int, parts: int) -> int:
     return -(-size // grain) * grain
 
 
-# What the numbers of a row's settings may be.
-LIMITS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
-    "temperature": ("at least 0", lambda a: a >= 0),
-    "top_p": ("above 0 and at most 1", lambda a: (a > 0) & (a <= 1)),
-    "image_temperature": ("at least 0", lambda a: a >= 0),
-    "guidance": ("at least 0", lambda a: a >= 0),
-    "max_new_tokens": ("at least 0", lambda a: a >= 0),
-    "max_images": ("at least 0", lambda a: a >= 0),
-}
-
-
 def check_settings(
     settings: RowSettings,
     rows: int,
@@ -103,12 +92,11 @@ def check_settings(
     stop: Stop | None,
 ) -> None:
     """Raises UserError for numbers out of range, ValueError for parts that do not go together."""
-    for name, (limit, inside) in LIMITS.items():
+    for name in LIMITS:
         values = np.asarray(getattr(settings, name))
         if len(values) != rows:
             raise ValueError(f"settings of {len(values)} rows for {rows} prompts")
-        if not inside(values).all():
-            raise UserError(f"{name} is {values[~inside(values)][0]}, expected {limit}")
+        check_number(name, values)
     if stop is not None and not all(stop.strings):
         raise UserError("a stop string is empty")
     if unconditional is None and np.any(np.asarray(settings.guidance) > 0):
@@ -126,21 +114,23 @@ def check_prompts(
     config: PretzelConfig,
     unconditional: Sequence[int] | None,
     context: int | None,
+    names: Sequence[str] | None = None,
 ) -> None:
-    """Raises UserError for a prompt that cannot be continued."""
+    """Raises UserError for a prompt that cannot be continued; `names`: what to call each."""
+    names = names or [f"prompt {b}" for b in range(len(rows))]
     drawing, images = config.flow.tokens + 1, np.asarray(settings.max_images)
     context = np.iinfo(np.int32).max if context is None else context
-    for b, row in enumerate(rows):
+    for b, (row, name) in enumerate(zip(rows, names, strict=True)):
         if not len(row):
-            raise UserError(f"prompt {b} is empty")
+            raise UserError(f"{name} is empty")
         draws = row.tokens[-1] == config.special.vision_start
         if draws and images[b] < 1:
-            raise UserError(f"prompt {b} starts an image, but max_images is 0")
+            raise UserError(f"{name} starts an image, but max_images is 0")
         if len(row) > context:
-            raise UserError(f"prompt {b} has {len(row)} positions, the context holds {context}")
+            raise UserError(f"{name} has {len(row)} positions, the context holds {context}")
         if draws and len(row) + drawing > context:
             raise UserError(
-                f"prompt {b} and its image need {len(row) + drawing} positions, "
+                f"{name} and its image need {len(row) + drawing} positions, "
                 f"the context holds {context}"
             )
     if unconditional is not None and len(unconditional) + drawing > context:
@@ -286,6 +276,7 @@ def stream(
     context: int | None = None,
     every: int = 1,
     jacobi: JacobiConfig | None = None,
+    names: Sequence[str] | None = None,
 ) -> Iterator[Event]:
     """Samples a batch and yields what is new after every few steps.
 
@@ -300,6 +291,7 @@ def stream(
         context: most positions that a row may have; default: as many as its limits allow.
         every: steps between two looks at the rows.
         jacobi: draw images by Jacobi iteration, see `jacobi.draw`; None: latent after latent.
+        names: what to call each prompt in an error; default: prompt 0, 1, ...
 
     Yields:
         Events, in order within each row; a row's last one is a `DoneEvent`.
@@ -312,7 +304,7 @@ def stream(
         return
     config = model.config
     check_settings(settings, len(rows), config, unconditional, stop)
-    check_prompts(rows, settings, config, unconditional, context)
+    check_prompts(rows, settings, config, unconditional, context, names)
     state, settings = _begin(model, rows, settings, unconditional, context)
     max_texts, max_images = jax.device_get((settings.max_new_tokens, settings.max_images))
     readers = [Reader(b, len(row), config, stop) for b, row in enumerate(rows)]
@@ -357,6 +349,7 @@ def generate(
     context: int | None = None,
     on_event: Callable[[Event], None] | None = None,
     jacobi: JacobiConfig | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[Output]:
     """Samples a batch to its end.
 
@@ -378,6 +371,7 @@ def generate(
         "context": context,
         "every": int(every),
         "jacobi": jacobi,
+        "names": names,
     }
     for event in stream(model, rows, settings, **options):
         if on_event is not None:

@@ -6,14 +6,62 @@ N tokens per image, C latent channels, Dv VLM width, Df flow width.
 
 import dataclasses
 import enum
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starflow2_jax.errors import UserError
 from starflow2_jax.models.qwen2_5_vision import Views
 from starflow2_jax.nn.decoder import Cache
+
+# What the numbers of a row's settings may be; all of them are finite.
+LIMITS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "temperature": ("at least 0", lambda a: a >= 0),
+    "top_p": ("above 0 and at most 1", lambda a: (a > 0) & (a <= 1)),
+    "image_temperature": ("at least 0", lambda a: a >= 0),
+    "guidance": ("at least 0", lambda a: a >= 0),
+    "max_new_tokens": ("at least 0", lambda a: a >= 0),
+    "max_images": ("at least 0", lambda a: a >= 0),
+}
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises UserError where numbers of a field of `LIMITS` are out of range or not finite."""
+    limit, inside = LIMITS[name]
+    values = np.atleast_1d(np.asarray(value))
+    bad = ~(inside(values) & (np.abs(values) < np.inf)).astype(bool)
+    if bad.any():
+        raise UserError(f"{name} is {values[bad][0]}, expected a finite number, {limit}")
+
+
+def check_seed(seed: Any) -> None:
+    """Raises UserError for seeds below 0."""
+    values = np.atleast_1d(np.asarray(seed))
+    if (values < 0).any():
+        raise UserError(f"seed is {values[values < 0][0]}, expected at least 0")
+
+
+def fitted(name: str, value: Any, dtype: np.dtype) -> np.ndarray:
+    """One or several numbers as `dtype`, on the host.
+
+    Raises:
+        UserError: a number, of the setting `name`, that the dtype does not hold.
+    """
+    given, dtype = np.asarray(value), np.dtype(dtype)
+    whole = dtype.kind in "iu"
+    limits = np.iinfo(dtype) if whole else np.finfo(dtype)
+    # As numbers of Python, which may be compared with whole ones of any size.
+    least, most = (int(n) if whole else float(n) for n in (limits.min, limits.max))
+    beyond = np.atleast_1d((given < least) | (given > most) | (whole & (given != given)))
+    beyond = beyond.astype(bool)
+    if beyond.any():
+        raise UserError(
+            f"{name} is {np.atleast_1d(given)[beyond][0]}, expected a number from {least} to {most}"
+        )
+    return given.astype(dtype)
 
 
 class Mode(enum.IntEnum):
@@ -67,22 +115,25 @@ def row_settings(
     """Settings of B rows, on the host; each argument is one value or B of them.
 
     One `seed` gives row b the seed `seed + b`; B seeds are taken as they are.
+
+    Raises:
+        UserError: a number that its type does not hold.
     """
     if np.ndim(seed) == 0:
-        seed = np.asarray(seed, np.uint32) + np.arange(rows, dtype=np.uint32)
+        seed = fitted("seed", seed, np.uint32) + np.arange(rows, dtype=np.uint32)
 
-    def spread(value: Any, dtype: np.dtype) -> np.ndarray:
-        return np.broadcast_to(np.asarray(value, dtype), (rows,))
+    def spread(name: str, value: Any, dtype: np.dtype) -> np.ndarray:
+        return np.broadcast_to(fitted(name, value, dtype), (rows,))
 
     wide = jnp.result_type(float)  # float32 unless float64 is enabled
     return RowSettings(
-        seed=spread(seed, np.uint32),
-        temperature=spread(temperature, wide),
-        top_p=spread(top_p, wide),
-        image_temperature=spread(image_temperature, wide),
-        guidance=spread(guidance, wide),
-        max_new_tokens=spread(max_new_tokens, np.int32),
-        max_images=spread(max_images, np.int32),
+        seed=spread("seed", seed, np.uint32),
+        temperature=spread("temperature", temperature, wide),
+        top_p=spread("top_p", top_p, wide),
+        image_temperature=spread("image_temperature", image_temperature, wide),
+        guidance=spread("guidance", guidance, wide),
+        max_new_tokens=spread("max_new_tokens", max_new_tokens, np.int32),
+        max_images=spread("max_images", max_images, np.int32),
         noise=noise,
     )
 

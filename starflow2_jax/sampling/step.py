@@ -311,7 +311,10 @@ def choose_token(
             jnp.any(random & (top_p < 1)), lambda: _nucleus(warm, top_p), lambda: warm
         )
         token = jax.vmap(jax.random.categorical)(keys, warm).astype(jnp.int32)
-        return jnp.where(random, token, likeliest)
+        # A temperature next to 0 may leave nothing finite: then the likeliest, never one that is
+        # ruled out.
+        there = jnp.take_along_axis(warm, token[:, None], axis=-1)[:, 0] > -jnp.inf
+        return jnp.where(random & there, token, likeliest)
 
     return jax.lax.cond(jnp.any(random), sampled, lambda: likeliest)
 

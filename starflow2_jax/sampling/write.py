@@ -23,7 +23,6 @@ from starflow2_jax.models.qwen2_5_vl import Qwen25VL
 from starflow2_jax.nn.attention import AttentionSpec
 from starflow2_jax.nn.decoder import Cache, empty_cache, slots_of
 from starflow2_jax.sampling.generate import (
-    LIMITS,
     SHORTEST_CACHE,
     SHORTEST_PROMPT,
     DoneEvent,
@@ -32,6 +31,7 @@ from starflow2_jax.sampling.generate import (
     bucket,
 )
 from starflow2_jax.sampling.prompts import Row, rest, shared
+from starflow2_jax.sampling.state import check_number, check_seed, fitted
 from starflow2_jax.sampling.step import choose_token
 
 
@@ -72,22 +72,20 @@ def write_settings(
     """
     given = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
     for name, value in given.items():
-        limit, inside = LIMITS[name]
-        values = np.atleast_1d(np.asarray(value))
-        if not inside(values).all():
-            raise UserError(f"{name} is {values[~inside(values)][0]}, expected {limit}")
+        check_number(name, value)
+    check_seed(seed)
     if np.ndim(seed) == 0:
-        seed = jnp.uint32(seed) + jnp.arange(rows, dtype=jnp.uint32)
+        seed = fitted("seed", seed, np.uint32) + np.arange(rows, dtype=np.uint32)
 
-    def spread(value: Any, dtype: jnp.dtype) -> jax.Array:
-        return jnp.broadcast_to(jnp.asarray(value, dtype), (rows,))
+    def spread(name: str, value: Any, dtype: np.dtype) -> jax.Array:
+        return jnp.broadcast_to(jnp.asarray(fitted(name, value, dtype)), (rows,))
 
     wide = jnp.result_type(float)
     return WriteSettings(
-        seed=spread(seed, jnp.uint32),
-        temperature=spread(temperature, wide),
-        top_p=spread(top_p, wide),
-        max_new_tokens=spread(max_new_tokens, jnp.int32),
+        seed=spread("seed", seed, np.uint32),
+        temperature=spread("temperature", temperature, wide),
+        top_p=spread("top_p", top_p, wide),
+        max_new_tokens=spread("max_new_tokens", max_new_tokens, np.int32),
         ends=jnp.asarray(ends, jnp.int32),
     )
 
