@@ -265,10 +265,10 @@ def release_workdir(workdir: pathlib.Path, made: Sequence[pathlib.Path] = ()) ->
         made: folders that were made for it, as `missing_folders` gave them before: they go again.
     """
     path = workdir / "config.json"
-    if list(workdir.iterdir()) != [path]:
-        return
-    path.unlink(missing_ok=True)  # another process of the job may have done it
-    # Or removed them, or something else lies there now.
+    # Every process of a job does this: another one may be ahead. And what is no longer empty stays.
     with contextlib.suppress(OSError):
+        if list(workdir.iterdir()) not in ([path], []):
+            return
+        path.unlink(missing_ok=True)
         for folder in made:
             folder.rmdir()
