@@ -180,7 +180,8 @@ def test_two_processes_train_as_one(tmp_path, shards):
         # key's bias is zero), Adam makes whole steps of them: 4 of 1e-3, in either direction.
         assert distance.max() < 8e-3, path
         apart, count = apart + (distance > 1e-5).sum(), count + distance.size
-    assert count > 10_000 and apart < 0.02 * count
+    # Of other data, all would be hundreds of times as far apart as this.
+    assert count > 10_000 and apart < 0.1 * count
     data = tmp_path / "2" / "joint" / "checkpoints" / "2" / "data"
     assert {p.name for p in data.glob("process*")} == {
         "process_0-of-2.json",
