@@ -368,6 +368,7 @@ def test_a_run_that_goes_on_with_another_stage(tmp_path, capsys):
     other = tiny.randomised(lambda: DinoV2(VIT, rngs=nnx.Rngs(0)), seed=1)
     with pytest.raises(UserError, match="was trained on other frozen weights"):
         run("features", "noisy", vit=other)
+    capsys.readouterr()
     model = run("features", "noisy")
     said = capsys.readouterr().err
     assert said.count("no perceptual network is given: noisy train without") == 1
