@@ -9,8 +9,8 @@ batch    tokens and images per second of whole batches of 1 to 64, guided or not
          latent and by Jacobi iteration
 step     seconds of one engine step at 1 to 64 rows, and over the time in which this machine reads
          the same bytes (weights and caches) once
-engine   64 mixed requests through 24 rows, and through a separately compiled engine of one row; how
-         many give the same bits alone in the engine of 24
+engine   64 mixed requests through 32 rows, and through a separately compiled engine of one row; how
+         many give the same bits alone in the engine of 32
 reuse    an answer about an image that was just drawn, with its caches and encoded anew from pixels;
          what that changes in the latents and the next logits, from latents x and from pixels
 """

@@ -84,11 +84,11 @@ class CaptionTable:
         A prompt at a time: a conversation that is being scored has a copy of its image.
         """
         drawing = lambda prompt, image: [Turn("user", prompt), Turn("assistant", (image,))]
-        each = {prompt for some in prompts for prompt in some}
-        longest = max(
-            self.model.length(drawing(prompt, images[0]), f"caption {' '.join(prompt)!r}")
-            for prompt in each
-        )
+        names = [self.dataset.source.name(index) for index in records]
+        each = {prompt: name for some in prompts for prompt, name in zip(some, names, strict=True)}
+        if self.captions:
+            each |= {(caption,): f"caption {caption!r}" for caption in self.captions}
+        longest = max(self.model.length(drawing(p, images[0]), name) for p, name in each.items())
         columns = []
         for mine in prompts:
             found = self.model.score_draws(
@@ -97,7 +97,7 @@ class CaptionTable:
                 draws=self.draws,
                 rows=len(records),
                 positions=longest,
-                names=[self.dataset.source.name(index) for index in records],
+                names=names,
             )
             columns.append(np.stack([scores.images[:, 0] for scores in found], axis=1))
         return np.stack(columns, axis=1)
