@@ -68,7 +68,7 @@ class Address:
 
 @pytest.fixture(scope="module")
 def server():
-    service = Service(Model(tiny.bundle(IMAGE[None])), EngineConfig(rows=4, context=128, images=2))
+    service = Service(Model(tiny.bundle(IMAGE[None])), EngineConfig(rows=4, context=512, images=2))
     service.engine.warm_up()
     application = make_application(service, ServerConfig(WAITING, BODY_LIMIT))
     with socket.socket() as found:
@@ -199,7 +199,7 @@ def picture_of(width, height):
         ({"messages": [{"role": "user", "content": [picture_of(7000, 7000)]}]}, 400, "at most"),
         ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, 400, "special token"),
         ({"messages": [{"role": "assistant", "content": "no"}]}, 400, "must be a user's"),
-        ({"messages": [{"role": "user", "content": "a " * 500}]}, 400, ""),
+        ({"messages": [{"role": "user", "content": "a " * 900}]}, 400, ""),
         ({"messages": [LAST, {"role": "system", "content": "b"}]}, 400, "before a user's"),
         ({"messages": [{"role": "user", "content": "a"}], "seed": -1}, 400, "seed is -1"),
         ({"messages": [{"role": "user", "content": "a"}], "top_p": 7}, 400, "top_p"),
@@ -286,9 +286,9 @@ def test_no_more_pictures_are_read_at_a_time_than_requests_are_answered():
 
 
 def test_what_is_scored_is_bounded(server):
-    long = {"messages": [{"role": "user", "content": "a " * 500}]}
+    long = {"messages": [{"role": "user", "content": "a " * 900}]}
     status, content = server.ask("/v1/likelihood", long)
-    assert status == 400 and "at most 128 are scored" in json.loads(content)["error"]["message"]
+    assert status == 400 and "at most 512 are scored" in json.loads(content)["error"]["message"]
 
 
 def test_clients_that_vanish_end_their_requests(server):
