@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from source_files import make_webdataset
 
+from starflow2_jax.metrics import read_metrics
 from starflow2_jax.parallel import distributed
 from starflow2_jax.training.checkpoint import load_tree
-from starflow2_jax.training.metrics import read_metrics
 from starflow2_jax.training.tree_files import flatten
 
 HERE = pathlib.Path(__file__).parent

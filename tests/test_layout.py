@@ -81,7 +81,7 @@ def test_imports_run_downwards():
 def test_what_runs_upwards_is_seen():
     package = ("starflow2_jax", "evaluation")
     for source in (
-        "from starflow2_jax.training.metrics import read_metrics",
+        "from starflow2_jax.training.meter import Meter",
         "from starflow2_jax import training",
         "def f():\n    import starflow2_jax.training.step",
         "from ..training import loop",

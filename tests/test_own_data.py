@@ -19,10 +19,10 @@ from starflow2_jax.cli.main import main
 from starflow2_jax.data.latents import LatentSource
 from starflow2_jax.errors import UserError
 from starflow2_jax.fae_bundle import load_fae, load_latent_codec, read_fae, save_fae
+from starflow2_jax.metrics import read_metrics
 from starflow2_jax.models.fae_codec import FAECodec
 from starflow2_jax.models.pretzel import starflow2_3_6b
 from starflow2_jax.training.checkpoint import load_tree
-from starflow2_jax.training.metrics import read_metrics
 from starflow2_jax.vlm_bundle import load_vlm, read_description, read_tokenizer
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"

@@ -11,8 +11,8 @@ import time
 
 import pytest
 
+from starflow2_jax.metrics import read_metrics
 from starflow2_jax.training.checkpoint import checksum, load_tree
-from starflow2_jax.training.metrics import read_metrics
 
 HERE = pathlib.Path(__file__).parent
 LAUNCH = HERE.parent / "launch" / "local.py"

@@ -18,11 +18,11 @@ import resume_config
 
 from starflow2_jax.cli.main import main
 from starflow2_jax.errors import UserError
+from starflow2_jax.metrics import read_metrics
 from starflow2_jax.nn import partition
 from starflow2_jax.training import loop, metrics
 from starflow2_jax.training.checkpoint import checksum, load_tree
 from starflow2_jax.training.meter import TIMES
-from starflow2_jax.training.metrics import read_metrics
 
 HERE = pathlib.Path(__file__).parent
 CONFIG = str(HERE / "resume_config.py")
@@ -76,7 +76,7 @@ def test_two_runs_are_bit_equal_and_the_frozen_weights_stay(uninterrupted, tmp_p
 
 MIDDLE_OF_A_STEP = """
     import os, signal
-    from starflow2_jax.training import metrics
+    from starflow2_jax import metrics
     update = metrics.Progress.update
     def kill(self, step, *args, **kwargs):  # a step has just been dispatched
         if self._stage == "joint" and step == 5:

@@ -89,10 +89,10 @@ def run(args: argparse.Namespace) -> None:
 
     from starflow2_jax import sample
     from starflow2_jax.evaluation import formats
+    from starflow2_jax.metrics import Progress
     from starflow2_jax.model import Sampling
     from starflow2_jax.sampling.engine import EngineConfig
     from starflow2_jax.service import Service
-    from starflow2_jax.training.metrics import Progress
 
     makers = {
         "geneval": formats.GenEval,
