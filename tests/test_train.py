@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import resume_config
 
+from starflow2_jax import metrics
 from starflow2_jax.cli.main import main
 from starflow2_jax.errors import UserError
 from starflow2_jax.metrics import read_metrics
 from starflow2_jax.nn import partition
-from starflow2_jax.training import loop, metrics
+from starflow2_jax.training import loop
 from starflow2_jax.training.checkpoint import checksum, load_tree
 from starflow2_jax.training.meter import TIMES
 
