@@ -22,9 +22,13 @@ from flax import nnx
 from starflow2_jax.convert.lpips import load_lpips
 from starflow2_jax.data.images import open_folder, random_flip, write_folder
 from starflow2_jax.errors import UserError
-from starflow2_jax.evaluation.emoji_fae import NO_DISTANCE, inception_distance
 from starflow2_jax.evaluation.pictures import grid, plot_losses
-from starflow2_jax.evaluation.reconstruction import measure_reconstruction, reconstructed
+from starflow2_jax.evaluation.reconstruction import (
+    NO_DISTANCE,
+    inception_distance,
+    measure_reconstruction,
+    reconstructed,
+)
 from starflow2_jax.fae_bundle import load_fae, load_vit
 from starflow2_jax.models.dinov2 import DinoV2, DinoV2Config
 from starflow2_jax.models.discriminator import DiscriminatorConfig

@@ -24,8 +24,9 @@ from starflow2_jax.data.emoji import varied
 from starflow2_jax.data.emoji_archive import SIZE, load_pictures, read_manifest, write_made
 from starflow2_jax.data.images import open_folder
 from starflow2_jax.errors import UserError
-from starflow2_jax.evaluation.emoji_fae import inception_distance, reconstructions, write_fae_report
+from starflow2_jax.evaluation.emoji_fae import reconstructions, write_fae_report
 from starflow2_jax.evaluation.pictures import grid
+from starflow2_jax.evaluation.reconstruction import inception_distance
 from starflow2_jax.fae_bundle import load_fae, load_vit, save_fae
 from starflow2_jax.models.dinov2 import DinoV2Config
 from starflow2_jax.models.fae import (

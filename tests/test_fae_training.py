@@ -22,7 +22,7 @@ from starflow2_jax.convert.lpips import entries, load_lpips
 from starflow2_jax.convert.table import by_path, to_tensors
 from starflow2_jax.data.images import open_folder, write_folder
 from starflow2_jax.errors import UserError
-from starflow2_jax.evaluation import emoji_fae
+from starflow2_jax.evaluation import reconstruction
 from starflow2_jax.evaluation.reconstruction import measure_reconstruction
 from starflow2_jax.fae_bundle import load_fae, read_fae, save_fae
 from starflow2_jax.models.dinov2 import DinoV2
@@ -417,13 +417,13 @@ def test_the_report_has_rfid_where_there_are_weights(tmp_path, monkeypatch, caps
             start(settings, tmp_path)
     # The network itself is tested elsewhere: here the features are three means.
     features = lambda network, images: images.mean((1, 2)) * network
-    monkeypatch.setattr(emoji_fae, "load_inception", lambda path: 2.0)
-    monkeypatch.setattr(emoji_fae, "inception_features", features)
+    monkeypatch.setattr(reconstruction, "load_inception", lambda path: 2.0)
+    monkeypatch.setattr(reconstruction, "inception_features", features)
     module.report(settings, tmp_path)
     found = json.loads((tmp_path / "report.json").read_text())
     assert found["rfid"] > 1 and "rfid: " in capsys.readouterr().out
     same = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), np.uint8)
-    distance = emoji_fae.inception_distance("weights.pth")
+    distance = reconstruction.inception_distance("weights.pth")
     assert distance(same, same) == pytest.approx(0, abs=1e-6)
     assert distance(same, same // 2) > 1
 

@@ -13,45 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow2_jax.convert.inception import load_inception
-from starflow2_jax.evaluation.distances import (
-    frechet_distance,
-    in_batches,
-    inception_features,
-    statistics,
-)
+from starflow2_jax.evaluation.distances import in_batches
 from starflow2_jax.evaluation.pictures import grid, plot_losses
-from starflow2_jax.evaluation.reconstruction import Distance, measure_reconstruction
+from starflow2_jax.evaluation.reconstruction import NO_DISTANCE, Distance, measure_reconstruction
 from starflow2_jax.metrics import read_metrics
 from starflow2_jax.models.fae import FeatureFAE
 from starflow2_jax.provenance import write_json
-
-NO_DISTANCE = (
-    "No rFID: config.inception names no file of the weights of its network (docs/evaluation.md)."
-)
-
-
-def inception_distance(path: str) -> Distance | None:
-    """FID between two sets of pictures, for `measure_reconstruction`.
-
-    Args:
-        path: of the network's weights, see `convert.inception.load_inception`; "": there are none.
-
-    Returns:
-        None where there are no weights.
-
-    Raises:
-        UserError: no such file, or another one.
-    """
-    if not path:
-        return None
-    model = load_inception(pathlib.Path(path).expanduser())
-
-    def distance(made: np.ndarray, originals: np.ndarray) -> float:
-        ours, theirs = (statistics(inception_features(model, part)) for part in (made, originals))
-        return frechet_distance(ours, theirs)
-
-    return distance
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Letters: B images, H, W pixels.
 """
 
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,11 +11,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starflow2_jax.convert.inception import load_inception
 from starflow2_jax.errors import UserError
+from starflow2_jax.evaluation.distances import frechet_distance, inception_features, statistics
 from starflow2_jax.models.fae import FeatureFAE, Moments
 
 Distance = Callable[[np.ndarray, np.ndarray], float]
 """Of two sets of uint8 images [B, H, W, channels]: FID, where Inception's weights are given."""
+
+
+NO_DISTANCE = (
+    "No rFID: config.inception names no file of the weights of its network (docs/evaluation.md)."
+)
+
+
+def inception_distance(path: str) -> Distance | None:
+    """FID between two sets of pictures, for `measure_reconstruction`.
+
+    Args:
+        path: of the network's weights, see `convert.inception.load_inception`; "": there are none.
+
+    Returns:
+        None where there are no weights.
+
+    Raises:
+        UserError: no such file, or another one.
+    """
+    if not path:
+        return None
+    model = load_inception(pathlib.Path(path).expanduser())
+
+    def distance(made: np.ndarray, originals: np.ndarray) -> float:
+        ours, theirs = (statistics(inception_features(model, part)) for part in (made, originals))
+        return frechet_distance(ours, theirs)
+
+    return distance
 
 
 @jax.jit
