@@ -113,7 +113,8 @@ def _captions(setting: Setting, dataset: Dataset) -> tuple[str, ...]:
             text = pathlib.Path(setting.captions).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the captions {setting.captions}: {error}") from error
-        lines = [line.strip() for line in text.splitlines()]
+        # Not splitlines: a text may hold other line breaks of Unicode's.
+        lines = [line.strip() for line in text.split("\n")]
         captions = tuple(dict.fromkeys(line for line in lines if line))
     elif isinstance(dataset.source, FolderSource):
         source = dataset.source
