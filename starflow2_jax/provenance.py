@@ -179,6 +179,88 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _local_folder(workdir: str | os.PathLike[str]) -> pathlib.Path:
+    """A work directory's absolute path.
+
+    Raises:
+        UserError: it is a remote address.
+    """
+    if "://" in str(workdir):
+        raise UserError(
+            f"workdir {workdir} is a remote address; give a folder of a mounted file system"
+        )
+    return pathlib.Path(workdir).expanduser().absolute()
+
+
+def _check_record(path: pathlib.Path, text: str, config: Mapping[str, Any], use: str) -> None:
+    """Checks that the record of a work directory is this config's; tells of another revision.
+
+    Args:
+        path: of the record.
+        text: its content.
+        config: as `to_json` gives it.
+        use: what may be done where it is another one's, for the message.
+
+    Raises:
+        UserError: see `claim_workdir`.
+    """
+    try:
+        record = json.loads(text)
+        version, old = record["format_version"], record["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not the record of a run (JSON with format_version and config); "
+            "use another workdir"
+        ) from error
+    if version != WORKDIR_FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {version}, this package reads {WORKDIR_FORMAT_VERSION}; "
+            "use another workdir, or the package version that wrote it "
+            f"({record.get('package_version')})"
+        )
+    differing = {
+        key: pair for key, pair in differing_keys(old, config).items() if not _may_change(key)
+    }
+    if differing:
+        listed = [f"{key} ({_show(x)} there, {_show(y)} now)" for key, (x, y) in differing.items()]
+        if len(listed) > 20:
+            listed[20:] = [f"and {len(listed) - 20} more"]
+        raise UserError(
+            f"{path.parent} belongs to another config; differing keys: {', '.join(listed)}; {use}"
+        )
+    revision = git_revision()
+    if record.get("git_revision") != revision:
+        print(
+            f"starflow2: note: {path.parent} was started at revision "
+            f"{record.get('git_revision')}, this is {revision}",
+            file=sys.stderr,
+        )
+
+
+def check_workdir(
+    workdir: str | os.PathLike[str], config: ml_collections.ConfigDict
+) -> pathlib.Path:
+    """Checks that a work directory is this config's, as `claim_workdir` does, and makes nothing.
+
+    Returns:
+        The directory, absolute.
+
+    Raises:
+        UserError: no run has begun in it, it belongs to another config or to another format
+            version, cannot be read, or is a remote address.
+    """
+    workdir = _local_folder(workdir)
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(f"{workdir} is not the work directory of a run: it has no {path.name}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot use workdir {workdir}: {error.strerror}") from error
+    _check_record(path, text, to_json(config), "give the config that the run was started with")
+    return workdir
+
+
 def claim_workdir(
     workdir: str | os.PathLike[str], config: ml_collections.ConfigDict
 ) -> pathlib.Path:
@@ -195,14 +277,9 @@ def claim_workdir(
         UserError: the directory belongs to another config (the differing keys are listed) or to
             another format version, cannot be written to, or is a remote address.
     """
-    if "://" in str(workdir):
-        raise UserError(
-            f"workdir {workdir} is a remote address; give a folder of a mounted file system"
-        )
-    workdir = pathlib.Path(workdir).expanduser().absolute()
+    workdir = _local_folder(workdir)
     path = workdir / "config.json"
     resolved = to_json(config)
-    revision = git_revision()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         text = path.read_text(encoding="utf-8") if path.exists() else None
@@ -212,42 +289,13 @@ def claim_workdir(
         record = {
             "format_version": WORKDIR_FORMAT_VERSION,
             "package_version": starflow2_jax.__version__,
-            "git_revision": revision,
+            "git_revision": git_revision(),
             "config": resolved,
         }
         write_json(path, record)
-        return workdir
-    try:
-        record = json.loads(text)
-        version, old = record["format_version"], record["config"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not the record of a run (JSON with format_version and config); "
-            "use another workdir"
-        ) from error
-    if version != WORKDIR_FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {version}, this package reads {WORKDIR_FORMAT_VERSION}; "
-            "use another workdir, or the package version that wrote it "
-            f"({record.get('package_version')})"
-        )
-    differing = {
-        key: pair for key, pair in differing_keys(old, resolved).items() if not _may_change(key)
-    }
-    if differing:
-        listed = [f"{key} ({_show(x)} there, {_show(y)} now)" for key, (x, y) in differing.items()]
-        if len(listed) > 20:
-            listed[20:] = [f"and {len(listed) - 20} more"]
-        raise UserError(
-            f"{workdir} belongs to another config; differing keys: {', '.join(listed)}; "
-            "use another workdir, or the same config to continue"
-        )
-    if record.get("git_revision") != revision:
-        print(
-            f"starflow2: note: {workdir} was started at revision {record.get('git_revision')}, "
-            f"this is {revision}",
-            file=sys.stderr,
-        )
+    else:
+        use = "use another workdir, or the same config to continue"
+        _check_record(path, text, resolved, use)
     return workdir
 
 
