@@ -26,7 +26,7 @@ from starflow2_jax.models.pretzel import Pretzel
 from starflow2_jax.parallel import mesh as meshes
 from starflow2_jax.parallel import rules
 from starflow2_jax.parallel.cpu import keep_freed_memory
-from starflow2_jax.training.loop import step_config
+from starflow2_jax.training.config_file import step_config
 from starflow2_jax.training.stages import STAGES
 from starflow2_jax.training.step import init_state, train_step
 

@@ -20,7 +20,7 @@ from starflow2_jax.parallel import rules
 from starflow2_jax.planning import topology as topologies
 from starflow2_jax.sampling import step as sampling
 from starflow2_jax.sampling.state import Prompt, row_settings
-from starflow2_jax.training.loop import step_config
+from starflow2_jax.training.config_file import step_config
 from starflow2_jax.training.step import init_state, jitted
 
 # A chat template with an empty user turn, about.

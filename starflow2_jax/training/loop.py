@@ -5,7 +5,6 @@ samples drawn on the way; and at the end `model/`, see `bundle` and `flow_bundle
 """
 
 import dataclasses
-import difflib
 import functools
 import itertools
 import pathlib
@@ -13,7 +12,7 @@ import resource
 import time
 import types
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import jax
@@ -29,42 +28,29 @@ from starflow2_jax.parallel import mesh as meshes
 from starflow2_jax.parallel import rules
 from starflow2_jax.parallel.cpu import keep_freed_memory
 from starflow2_jax.provenance import git_revision, to_json
-from starflow2_jax.training.checkpoint import Checkpoints, checksum
+from starflow2_jax.training.checkpoint import Checkpoints
+from starflow2_jax.training.config_file import make_task, step_config
 from starflow2_jax.training.held_out import BEST_BY, held_out_losses
 from starflow2_jax.training.interrupt import Interruptible
 from starflow2_jax.training.meter import Meter, Profiler
 from starflow2_jax.training.step import State, StepConfig, init_state, jitted
+from starflow2_jax.training.succession import Succession, handed_on
 from starflow2_jax.training.task import Stage, Task
-
-
-class ConfigFile(Protocol):
-    """What a config file defines besides `get_config`."""
-
-    def make_task(self, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Task:
-        """What is trained; files that it makes for itself go into the work directory."""
 
 
 @dataclasses.dataclass
 class _Run:
-    """What all stages of a run share.
-
-    Attributes:
-        model: of the next stage; None while a stage runs: what it trains is then in its state
-            alone.
-        frozen_checksum: of what no stage but the first may change; "" before it is known, and
-            where there is nothing of the kind.
-    """
+    """What all stages of a run share."""
 
     config: ml_collections.ConfigDict
     task: Task
     workdir: pathlib.Path
     mesh: Mesh
     constants: Any
-    model: nnx.Module | None
+    succession: Succession
     metrics: MetricsWriter
     stop: Interruptible
     peak_flops: float | None
-    frozen_checksum: str = ""
 
     def rows(self, stage: str) -> int:
         """Of a stage's batch, in the whole job."""
@@ -92,7 +78,7 @@ def run(
     Args:
         config: `seed`, `mesh`, `stages` (a group for each stage of the task), `checkpoint`,
             `evaluation`; see `configs/digits.py`.
-        module: the config file, see `ConfigFile`.
+        module: the config file, see `config_file.ConfigFile`.
         workdir: of this run.
         peak_flops: of one device, FLOP/s, for the MFU among the metrics; None: unknown.
 
@@ -117,7 +103,7 @@ def run(
     if (workdir / "model" / "model.json").is_file():
         print(f"{workdir} is finished: all stages are trained")
         return
-    task = _make_task(config, module, workdir)
+    task = make_task(config, module, workdir)
     for stage in task.stages:  # what a later stage's data lack is said now, before anything is read
         if stage.name in config.stages:
             for held_out in (False, True):
@@ -130,9 +116,8 @@ def run(
         ) as metrics,
     ):
         constants = jax.device_put(task.constants, NamedSharding(mesh, jax.P()))
-        model = rules.born_sharded(lambda: task.make_model(config.seed), mesh, task.given(mesh))
-        this = _Run(config, task, workdir, mesh, constants, model, metrics, stop, peak_flops)
-        del model  # or its start would stay on the devices beside what the stages make of it
+        succession = Succession.begin(task, config.seed, mesh)
+        this = _Run(config, task, workdir, mesh, constants, succession, metrics, stop, peak_flops)
         ema = None
         for stage in task.stages:
             if stage.name in config.stages:
@@ -142,13 +127,8 @@ def run(
             "config": to_json(config),
             "seed": config.seed,
             "git_revision": git_revision(),
+            **succession.frozen_record(),
         }
-        before = this.frozen_checksum or _frozen_checksum(this)
-        if before:
-            metadata |= {
-                "frozen_checksum_before": before,
-                "frozen_checksum_after": _frozen_checksum(this),
-            }
         task.save(workdir / "model", ema, metadata)
 
 
@@ -179,61 +159,16 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
             raise UserError(f"config.{key} is {count}; it has to be at least 1")
 
 
-def _make_task(
-    config: ml_collections.ConfigDict, module: ConfigFile, workdir: pathlib.Path
-) -> Task:
-    """The config file's task, whose model can be built and whose stages are the config's.
-
-    Raises:
-        UserError: a config of no model, or of other stages.
-    """
-    try:
-        task = module.make_task(config, workdir)
-        nnx.eval_shape(lambda: task.make_model(config.seed))
-    except (ValueError, TypeError) as error:
-        where = getattr(module, "__file__", None) or "the config"
-        message = " ".join(str(error).split())
-        raise UserError(f"{where} makes no model of this config: {message}") from error
-    names = [stage.name for stage in task.stages]
-    if not set(config.stages):
-        raise UserError(f"config.stages is empty: there is nothing to train of {', '.join(names)}")
-    for name in sorted(set(config.stages) - set(names)):
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-        raise UserError(
-            f"config.stages.{name}: there is no such stage; did you mean {near}? "
-            f"(there are {', '.join(names)})"
-        )
-    return task
-
-
-def _frozen_checksum(this: _Run, trained: nnx.State | None = None) -> str:
-    """Of what no stage but the first may change; "" where that is nothing, or is being trained."""
-    frozen = this.task.frozen(this.model)
-    if frozen is None:
-        return ""
-    now = {id(leaf) for leaf in jax.tree.leaves(trained)}
-    return "" if any(id(leaf) in now for leaf in jax.tree.leaves(frozen)) else checksum(frozen)
-
-
-def step_config(group: ml_collections.ConfigDict) -> StepConfig:
-    """The hyperparameters of a stage's group in the config."""
-    return StepConfig(**group.optimizer)
-
-
 def _run_stage(this: _Run, stage: Stage) -> nnx.Module:
-    """Trains (or finishes, or only loads) one stage; leaves the model of the next in `this.model`.
+    """Trains (or finishes, or only loads) one stage; the succession goes on to the next.
 
     Returns:
         The model with the stage's EMA.
     """
-    this.model = this.task.prepare(stage.name, this.model, this.mesh)
     config = stage.steps(step_config(this.config.stages[stage.name]))
     number = list(this.task.stages).index(stage)
     seed = this.config.seed + number
-    graphdef, trainable, frozen = nnx.split(this.model, stage.trainable, ...)
-    if not this.frozen_checksum:  # what is frozen may have come with `prepare`
-        this.frozen_checksum = _frozen_checksum(this, trainable)
-    this.model = None
+    graphdef, trainable, frozen = this.succession.start(stage)
     make_state = functools.partial(init_state, config=config, seed=seed)
     abstract = rules.abstract(jax.eval_shape(make_state, trainable), this.mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -249,19 +184,13 @@ def _run_stage(this: _Run, stage: Stage) -> nnx.Module:
             metadata = {
                 "stage": stage.name,
                 "seconds": 0.0,
-                "frozen_checksum": this.frozen_checksum,
+                "frozen_checksum": this.succession.frozen_checksum,
                 "config": to_json(this.config),
                 "git_revision": git_revision(),
             }
         else:
             state, metadata = checkpoints.restore(latest, abstract, batches)
-            recorded = metadata["frozen_checksum"]
-            if recorded and recorded != this.frozen_checksum:
-                raise UserError(
-                    f"{folder / str(latest)} was trained on other frozen weights (checksum "
-                    f"{recorded[:12]}, now {this.frozen_checksum[:12]}); restore them, or use "
-                    "another workdir"
-                )
+            this.succession.check(metadata, folder / str(latest))
         del trainable  # the state has copies of its own
         if latest != config.steps:
             later = [s.name for s in this.task.stages[number + 1 :]]
@@ -269,8 +198,7 @@ def _run_stage(this: _Run, stage: Stage) -> nnx.Module:
             parts = (graphdef, state, frozen, shardings)
             state = _train(this, stage, config, parts, batches, checkpoints, metadata)
     batches.close()  # what is read ahead lies on the devices
-    handed_on = state["ema" if stage.averaged else "trainable"]
-    this.model = nnx.merge(graphdef, handed_on, frozen)
+    this.succession.go_on(graphdef, state[handed_on(stage)], frozen)
     return nnx.merge(graphdef, state["ema"], frozen)
 
 
