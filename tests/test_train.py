@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import resume_config
+from test_export import content
 
 from starflow2_jax import metrics
 from starflow2_jax.cli.main import main
@@ -28,6 +29,8 @@ from starflow2_jax.training.meter import TIMES
 HERE = pathlib.Path(__file__).parent
 CONFIG = str(HERE / "resume_config.py")
 CONFIGS = sorted((HERE.parent / "configs").glob("*.py"))
+# Whose tasks make files, or another model, in the work directory.
+OWN_FILES = ("emoji", "fae_emoji", "tarflow_digits")
 
 pytestmark = pytest.mark.slow
 
@@ -245,23 +248,40 @@ def test_a_corrupt_checkpoint_is_named_and_kept(uninterrupted, tmp_path, capsys)
     assert step.is_dir()
 
 
+def assert_exports_the_same(arguments, workdir, out):
+    """Beside the files that the task has made in the work directory, and makes again."""
+    before = content(workdir)
+    assert main(["export", *arguments, "--out", str(out)]) == 0
+    assert content(workdir) == before
+    model = workdir / "model"
+    names = [sorted(path.name for path in folder.iterdir()) for folder in (out, model)]
+    assert names[0] == names[1]
+    ours, theirs = (load_tree(folder / "weights")[0] for folder in (out, model))
+    assert checksum(ours) == checksum(theirs)
+    ours, theirs = (json.loads((folder / "model.json").read_text()) for folder in (out, model))
+    assert {**ours, **theirs} == ours
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_runs_in_smoke_mode(config, tmp_path):
-    arguments = ["train", "--config", str(config), "--workdir", str(tmp_path)]
-    assert main([*arguments, "--config.smoke=True"]) == 0
+    workdir = tmp_path / "run"
+    arguments = ["--config", str(config), "--workdir", str(workdir), "--config.smoke=True"]
+    assert main(["train", *arguments]) == 0
+    if config.stem in OWN_FILES:
+        assert_exports_the_same(arguments, workdir, tmp_path / "out")
     if "def report(" not in config.read_text():  # made data, of which there is nothing to report
-        rows = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+        rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
         losses = [(row["stage"], row["loss"]) for row in rows if "loss" in row]
         assert {"text_to_image", "image_to_text", "joint"} <= {stage for stage, _ in losses}
         assert np.isfinite([loss for _, loss in losses]).all()
         return
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = json.loads((workdir / "report.json").read_text())
     measure = "psnr" if config.stem.startswith("fae") else "bits_per_dim"
     assert np.isfinite(report.get("held_out", report)[measure])
-    record = json.loads((tmp_path / "model" / "model.json").read_text())
+    record = json.loads((workdir / "model" / "model.json").read_text())
     if not config.stem.startswith("tarflow"):  # of which nothing is frozen
         assert record["frozen_checksum_before"] == record["frozen_checksum_after"] != ""
-    assert (tmp_path / "losses.png").is_file()
+    assert (workdir / "losses.png").is_file()
 
 
 def test_an_interrupted_image_flow_resumes_to_the_same_bits(tmp_path, monkeypatch, capsys):

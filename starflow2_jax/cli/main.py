@@ -11,12 +11,13 @@ import traceback
 from collections.abc import Sequence
 
 import starflow2_jax
-from starflow2_jax.cli import chat, convert, data, evaluate, plan, sample, serve, train
+from starflow2_jax.cli import chat, convert, data, evaluate, export, plan, sample, serve, train
 from starflow2_jax.cli.config import split_overrides
 from starflow2_jax.errors import Interrupted, UserError
 
 COMMANDS = {
     "train": train,
+    "export": export,
     "plan": plan,
     "sample": sample,
     "evaluate": evaluate,

@@ -7,18 +7,14 @@ another config is refused.
 
 import argparse
 
-from starflow2_jax.cli.config import load_config
+from starflow2_jax.cli.arguments import OVERRIDES, add_run, load_run
 from starflow2_jax.errors import UserError
 from starflow2_jax.provenance import claim_workdir, missing_folders, release_workdir
 
 SUMMARY = "train a model, or continue a run"
 
-_EPILOG = """\
-overrides:
-  --config.a.b=VALUE    replace an entry of the config; may be repeated. VALUE is read as the
-                        type of the entry: True, 3, 1e-4, words, (1, 2), None
-  --config.smoke=True   the same code at tiny sizes on made data, for a test of the installation
-
+_EPILOG = f"""\
+{OVERRIDES}
 jobs of several processes (see docs/launch.md): give this command through a script of launch/
 
 exit codes: 0 finished; 2 bad input; 130 interrupted, with the state saved
@@ -27,27 +23,12 @@ exit codes: 0 finished; 2 bad input; 130 interrupted, with the state saved
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument(
-        "--config", metavar="FILE", required=True, help="Python file with get_config()"
-    )
-    parser.add_argument(
-        "--workdir",
-        metavar="DIR",
-        required=True,
-        help="folder of the run; made where missing, continued where the run has begun",
-    )
-    for name, what in (("vlm", "VLM"), ("fae", "FAE")):
-        parser.add_argument(
-            f"--{name}",
-            metavar="DIR",
-            help=f"converted {what} to start from: sets config.{name}",
-        )
+    add_run(parser, "folder of the run; made where missing, continued where the run has begun")
     parser.usage = (
         "starflow2 train --config FILE --workdir DIR [--vlm DIR] [--fae DIR] "
         "[--config.KEY=VALUE ...]"
     )
     parser.epilog = _EPILOG
-    parser.set_defaults(overrides=[])
 
 
 def run(args: argparse.Namespace) -> None:
@@ -57,13 +38,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: bad config or work directory.
         Interrupted: stopped from outside, state saved.
     """
-    given = [(name, getattr(args, name)) for name in ("vlm", "fae") if getattr(args, name)]
-    config, module = load_config(args.config, args.overrides, given)
-    for name, _ in given:
-        if name not in config:
-            raise UserError(
-                f"--{name}: {args.config} takes none; it has no entry config.{name} to set"
-            )
+    config, module = load_run(args)
     import jax
 
     from starflow2_jax.data.batches import skipped_log

@@ -27,6 +27,16 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
+def check_absent(folder: pathlib.Path) -> None:
+    """Checks that a folder is not there yet.
+
+    Raises:
+        UserError: it is.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} already exists; delete it first, or choose another place")
+
+
 @contextlib.contextmanager
 def complete_or_nothing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a folder beside `folder` to write into, which becomes `folder` at the end.
@@ -37,8 +47,7 @@ def complete_or_nothing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         UserError: the folder exists or cannot be written.
     """
     folder = folder.expanduser().absolute()
-    if folder.exists():
-        raise UserError(f"{folder} already exists; delete it first, or choose another place")
+    check_absent(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -160,6 +160,17 @@ class Checkpoints:
         known = [step for step in measured if self._best_by in measured[step]]
         return min(known, key=lambda step: _measured(self._best_by, measured[step]), default=None)
 
+    def check(self, step: int) -> None:
+        """Checks that there is a complete checkpoint of a step.
+
+        Raises:
+            UserError: there is none.
+        """
+        steps = self.steps()
+        if step not in steps:
+            has = f"of {listed([str(s) for s in steps])}" if steps else "none"
+            raise UserError(f"{self.directory} has no checkpoint of step {step}; it has {has}")
+
     def save(
         self,
         step: int,
@@ -210,10 +221,7 @@ class Checkpoints:
         Raises:
             UserError: no such step, another format version, damaged files.
         """
-        steps = self.steps()
-        if step not in steps:
-            has = f"of {listed([str(s) for s in steps])}" if steps else "none"
-            raise UserError(f"{self.directory} has no checkpoint of step {step}; it has {has}")
+        self.check(step)
         with self._reading(step):
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())

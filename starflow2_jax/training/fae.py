@@ -307,6 +307,8 @@ class FAETask(ImagesTask):
     def save(self, folder: pathlib.Path, model: FAETraining, metadata: Mapping[str, Any]) -> None:
         """See `fae_bundle`; the statistics of the latents are taken now."""
         self._measure_latents(model.model)
-        tuned = [stage.noise for stage in self._running() if stage.source == "noisy"]
+        noisy = [stage for stage in self._running() if stage.source == "noisy"]
+        # An export names its stage, which `noisy` may still be to follow.
+        tuned = [stage.noise for stage in noisy if metadata.get("stage", stage.name) == stage.name]
         about = {"tuned_to_noise": tuned[0] if tuned else 0.0}
         save_fae(folder, model.model, {**about, **metadata})
