@@ -1,8 +1,8 @@
 """Write the model of a run's checkpoint, while the run trains or afterwards.
 
-DIR is a model directory for `sample`, `evaluate`, `chat` and `load`, with the average (EMA) of the
-weights. The work directory stays as it is. Beside a training that holds the accelerators, set
-JAX_PLATFORMS=cpu.
+The folder of --out is then a model directory for `sample`, `evaluate`, `chat` and `load`, with the
+average (EMA) of the weights. The work directory stays as it is. Beside a training that holds the
+accelerators, set JAX_PLATFORMS=cpu.
 """
 
 import argparse
