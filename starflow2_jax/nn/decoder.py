@@ -203,7 +203,7 @@ class DecoderLayer(nnx.Module):
 def _by_rows(layer: DecoderLayer) -> DecoderLayer:
     for part in (layer.attention, layer.mlp):
         for name, child in list(vars(part).items()):
-            if isinstance(child, layers.Linear):
+            if isinstance(child, layers.Linear) and child.kernel.nbytes >= layers.BY_ROWS_BYTES:
                 setattr(part, name, layers.LinearByRows(child))
     return layer
 
@@ -341,8 +341,8 @@ class Decoder(nnx.Module):
         """The same stack, its layers one after another in place of a scan; not to be trained.
 
         A scan copies each layer's weights before it uses them, in every step of a sampler. Taken
-        out of the stack before the sampler's loop they are read where they lie; on CPU they are
-        laid out for products with few vectors, too.
+        out of the stack before the sampler's loop they are read where they lie; on CPU large ones
+        are laid out for products with few vectors, too.
         """
         graphdef, state = nnx.split(self)
         stack = nnx.merge(graphdef, state)

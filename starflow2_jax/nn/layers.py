@@ -20,6 +20,12 @@ from starflow2_jax.nn import partition
 MLP_PRODUCTS = ("up", "gate")
 """Names of the MLPs' first products, for rematerialisation policies."""
 
+BY_ROWS_BYTES = 2**20
+"""Of at least so many bytes kernels are stored by rows to sample on CPU.
+
+Of smaller ones the copy that a product of two matrices makes stays in a processor's cache.
+"""
+
 FEW_VECTORS = 32
 """Of so many at most `product_by_rows` is faster on CPU as one of batches."""
 
