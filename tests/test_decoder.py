@@ -47,11 +47,15 @@ def run(stack, calls, dtype):
     return outputs, cache
 
 
-def test_slots_apart_are_the_stacked_cache():
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_slots_apart_are_the_stacked_cache(monkeypatch, by_rows):
+    monkeypatch.setattr(layers, "BY_ROWS_BYTES", 0 if by_rows else 2**30)
     with jax.enable_x64(True):
         stack = decoder.Decoder(CONFIG, rngs=nnx.Rngs(0))
         stack = jax.tree.map(lambda a: a.astype(jnp.float64), stack)
         apart = stack.unrolled()
+        out = apart.layers[0].attention.out
+        assert isinstance(out, layers.LinearByRows if by_rows else layers.Linear)
         expected, stacked = run(stack, CALLS, jnp.float64)
         found, slots = run(apart, CALLS, jnp.float64)
         for a, b in zip(found, expected, strict=True):
