@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from starflow2_jax.data.views import pack_views
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import Kind, Pretzel
-from starflow2_jax.parallel import mesh as meshes
+from starflow2_jax.nn import partition
 from starflow2_jax.parallel import rules
 from starflow2_jax.parallel.distributed import fetch
 from starflow2_jax.sampling import slots
@@ -174,12 +174,15 @@ class Engine:
         self._mesh = mesh
         self._unconditional = None if unconditional is None else tuple(map(int, unconditional))
         twins = config.twins or config.rows
+        devices = 1
         if mesh is not None:
-            try:
-                meshes.check_batch(config.rows, mesh)
-                meshes.check_batch(twins, mesh)
-            except ValueError as error:
-                raise UserError(str(error)) from error
+            devices = partition.extent(mesh.shape, rules.SERVING["batch"])
+        for count, what in ((config.rows, "rows"), (twins, "twins")):
+            if count % devices:
+                raise UserError(
+                    f"{count} {what} cannot be shared out over {devices} devices: take a multiple "
+                    f"of {devices}"
+                )
         if self._unconditional is not None:
             needed = len(self._unconditional) + self._shape.flow.tokens + 1
             if needed > config.context:
