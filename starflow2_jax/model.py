@@ -46,7 +46,7 @@ from starflow2_jax.sampling.state import (
     check_seed,
     row_settings,
 )
-from starflow2_jax.sampling.text import TextPieces, until
+from starflow2_jax.sampling.text import TextPieces, check_stop, until
 
 if TYPE_CHECKING:
     from starflow2_jax.service import Chat
@@ -79,14 +79,13 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raises UserError for a number out of range, or an empty stop string."""
+        """Raises UserError for a number out of range, or a stop string that is none."""
         check_seed(self.seed)
         for name in LIMITS:
             value = getattr(self, name)
             check_number(name, value)
             row_settings(np.size(value), **{name: value})  # which says whether its type holds it
-        if not all(self.stop):
-            raise UserError("a stop string is empty")
+        check_stop(self.stop)
 
 
 @dataclasses.dataclass(frozen=True)

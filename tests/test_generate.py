@@ -137,6 +137,7 @@ def test_bad_requests_say_what_is_wrong():
         with pytest.raises(UserError, match=f"{name} is inf, expected a finite number"):
             generate.check_settings(infinite, 1, CONFIG, UNCONDITIONAL, None)
     refused(UserError, "a stop string is empty", stop=generate.Stop(("a", ""), str))
+    refused(UserError, "stop string .* no text", stop=generate.Stop(("\ud800",), str))
     refused(UserError, "prompt 0 is empty", row=())
     refused(UserError, "max_images is 0", row=(1, START), changes={"max_images": 0})
     refused(UserError, "prompt 0 has 9 positions, the context holds 8", row=range(9), context=8)

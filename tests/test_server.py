@@ -211,6 +211,7 @@ def picture_of(width, height):
         ({"messages": [LAST], "temperature": -1}, 400, "temperature is -1.0"),
         ({"messages": [LAST], "max_tokens": 10**10}, 400, "max_tokens is 10000000000"),
         ({"messages": [LAST], "seed": 2**32}, 400, "seed is 4294967296"),
+        ({"messages": [LAST], "stop": "\ud800"}, 400, "stop string"),
         (b" " * (BODY_LIMIT + 1), 413, "over the limit"),
     ],
 )

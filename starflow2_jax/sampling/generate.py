@@ -20,6 +20,7 @@ from starflow2_jax.sampling import step
 from starflow2_jax.sampling.jacobi import JacobiConfig
 from starflow2_jax.sampling.prompts import Image, Piece, Row, Text, padded
 from starflow2_jax.sampling.state import LIMITS, Mode, RowSettings, SampleState, check_number
+from starflow2_jax.sampling.text import check_stop
 
 Reason = Literal["end", "stop", "tokens", "images", "context", "cancelled"]
 
@@ -97,8 +98,8 @@ def check_settings(
         if len(values) != rows:
             raise ValueError(f"settings of {len(values)} rows for {rows} prompts")
         check_number(name, values)
-    if stop is not None and not all(stop.strings):
-        raise UserError("a stop string is empty")
+    if stop is not None:
+        check_stop(stop.strings)
     if unconditional is None and np.any(np.asarray(settings.guidance) > 0):
         raise ValueError("guidance needs the unconditional row")
     if unconditional is not None and list(unconditional[-1:]) != [config.special.vision_start]:

@@ -2,6 +2,19 @@
 
 from collections.abc import Callable, Sequence
 
+from starflow2_jax.errors import UserError
+
+
+def check_stop(stop: Sequence[str]) -> None:
+    """Raises UserError for a stop string that is empty, or that no reply can hold."""
+    if not all(stop):
+        raise UserError("a stop string is empty")
+    for end in stop:
+        try:
+            end.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the stop string {end!r} is no text of Unicode: {error}") from error
+
 
 def until(text: str, stop: Sequence[str]) -> str:
     """What stands before the first of the stop strings; the whole text where there is none."""
