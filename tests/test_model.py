@@ -141,6 +141,8 @@ def test_bad_prompts_are_the_users_to_mend(model):
         model.generate([[Turn("assistant", ("three",))]])
     with pytest.raises(UserError, match="special token"):
         model.generate([[Turn("user", ("<|image_pad|>",))]])
+    with pytest.raises(UserError, match=r"prompt 0: .*'\\udc80' at character 2"):
+        model.generate([[Turn("user", ("a \udc80",))]])
     with pytest.raises(UserError, match="shape"):
         model.generate([[Turn("user", (np.zeros((2, 2, 1), np.uint8),))]])
     with pytest.raises(UserError, match="context holds 4"):

@@ -198,6 +198,7 @@ def picture_of(width, height):
         ({"messages": [{"role": "user", "content": [FAR]}]}, 400, "nothing is downloaded"),
         ({"messages": [{"role": "user", "content": [picture_of(7000, 7000)]}]}, 400, "at most"),
         ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, 400, "special token"),
+        ({"messages": [{"role": "user", "content": "a \ud800"}]}, 400, "character 2"),
         ({"messages": [{"role": "assistant", "content": "no"}]}, 400, "must be a user's"),
         ({"messages": [{"role": "user", "content": "a " * 900}]}, 400, ""),
         ({"messages": [LAST, {"role": "system", "content": "b"}]}, 400, "before a user's"),

@@ -80,12 +80,20 @@ class Tokenizer:
         """A user's text to ids.
 
         Raises:
-            UserError: the text holds a special token; `where` says which text it is.
+            UserError: the text holds a special token, or half of a surrogate pair; `where` says
+                which text it is.
         """
+        place = f"{where}: " if where else ""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON and the command line let it through
+            raise UserError(
+                f"{place}the text holds {text[error.start]!r} at character {error.start}, half of "
+                "a surrogate pair and no character by itself: remove it"
+            ) from error
         for token in self._specials:
             if token in text:
                 at = text.index(token)
-                place = f"{where}: " if where else ""
                 raise UserError(
                     f"{place}the text holds the special token {token} at character {at}; images "
                     "are given as images, turns by the chat template: remove it"
