@@ -281,7 +281,7 @@ def _number(
         raise UserError(
             f"{name} is {value!r}, expected {'an integer' if kind is int else 'a number'}"
         )
-    if value >= (below if kind is int else np.finfo(np.float32).max.item()):
+    if (value >= below) if kind is int else (abs(value) >= np.finfo(np.float32).max.item()):
         raise UserError(f"{name} is {value!r}, which is too large")
     return kind(value)
 

@@ -208,6 +208,7 @@ def picture_of(width, height):
         ({"messages": [{"role": "user", "content": "a"}], "max_images": 9}, 400, "at most 2"),
         ({"messages": [LAST], "temperature": 1e39}, 400, "temperature is 1e+39"),
         ({"messages": [LAST], "guidance": 10**400}, 400, "guidance is 1000"),
+        ({"messages": [LAST], "guidance": -(10**400)}, 400, "guidance is -1000"),
         ({"messages": [LAST], "image_temperature": float("inf")}, 400, "image_temperature is inf"),
         ({"messages": [LAST], "temperature": -1}, 400, "temperature is -1.0"),
         ({"messages": [LAST], "max_tokens": 10**10}, 400, "max_tokens is 10000000000"),
