@@ -14,7 +14,6 @@ request.
 
 import asyncio
 import base64
-import binascii
 import contextlib
 import dataclasses
 import functools
@@ -215,8 +214,9 @@ def _pixels(service: Service, part: Mapping[str, Any], where: str, most: int) ->
         if width * height > most:
             raise ValueError(f"{width} x {height} pixels, at most {most} are taken")
         return decode(data, service.model.bundle.image)
-    except (binascii.Error, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise UserError(f"{where}: the image cannot be read ({' '.join(str(e).split())})") from e
+    except Exception as error:  # Pillow's readers raise anything on damaged files
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: the image cannot be read ({reason})") from error
 
 
 def read_messages(

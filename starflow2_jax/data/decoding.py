@@ -24,7 +24,7 @@ def decode(data: bytes, shape: ImageShape) -> np.ndarray:
 
     Raises:
         Exception: what Pillow raises on damaged data: OSError (a truncated file among them),
-            ValueError, SyntaxError, DecompressionBombError.
+            ValueError, SyntaxError, DecompressionBombError, and others of its readers' own.
     """
     if shape.moments:
         return np.frombuffer(data, shape.array[1]).reshape(shape.array[0])
