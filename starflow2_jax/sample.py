@@ -177,19 +177,19 @@ def _finished(path: pathlib.Path, samples: int, there: Callable[[str], bool]) ->
     """The prompts that an interrupted run finished; lines of others are taken out of its file."""
     if not path.is_file():
         return set()
-    data = path.read_text(encoding="utf-8")
-    lines: dict[str, list[str]] = collections.defaultdict(list)
-    # Not splitlines, as above; what follows the last line's end is torn.
-    for line in data.split("\n")[:-1]:
+    data = path.read_bytes()
+    lines: dict[str, list[bytes]] = collections.defaultdict(list)
+    # Not splitlines, as above; what follows the last line's end is torn, within a character even.
+    for line in data.split(b"\n")[:-1]:
         try:
-            lines[json.loads(line)["id"]].append(line + "\n")
+            lines[json.loads(line)["id"]].append(line + b"\n")
         except (ValueError, KeyError, TypeError):
             break  # torn
     kept = {i: some for i, some in lines.items() if len(some) == samples and there(i)}
-    text = "".join(line for some in kept.values() for line in some)
-    if text != data:
+    whole = b"".join(line for some in kept.values() for line in some)
+    if whole != data:
         hidden = path.with_name(f".{path.name}.part")
-        hidden.write_text(text, encoding="utf-8")
+        hidden.write_bytes(whole)
         hidden.replace(path)
     return set(kept)
 

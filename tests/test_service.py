@@ -252,6 +252,15 @@ def test_samples_of_other_line_breaks_of_unicode_are_kept(model, tmp_path):
     assert file.read_text(encoding="utf-8") == "".join(f"{line}\n" for line in lines[:2])
 
 
+def test_a_sample_torn_within_a_character_is_drawn_again(tmp_path):
+    lines = [json.dumps({"id": i, "parts": "\u2028"}, ensure_ascii=False) + "\n" for i in "ab"]
+    whole = [line.encode() for line in lines]
+    file = tmp_path / "samples.jsonl"
+    file.write_bytes(whole[0] + whole[1][: whole[1].index(b"\xe2") + 1])
+    assert sample._finished(file, 1, lambda _: True) == {"a"}
+    assert file.read_bytes() == whole[0]
+
+
 def test_a_command_that_cannot_be_run_claims_no_folder(folder, tmp_path, capsys):
     prompts = tmp_path / "p.txt"
     prompts.write_text("a handwritten three\n\na <|im_end|> three\n")
