@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -29,6 +30,9 @@ from starflow2_jax.provenance import differing_keys, git_revision, write_json
 from starflow2_jax.sampling.engine import EngineConfig
 from starflow2_jax.sampling.generate import SHORTEST_CACHE, bucket
 from starflow2_jax.service import Service, read_image
+
+# In the names of files: separators, and surrogates, which are no characters.
+_UNNAMEABLE = re.compile(r"[/\\\0\ud800-\udfff]")
 
 RUN, SAMPLES, IMAGES, GRIDS = "run.json", "samples.jsonl", "images", "grids"
 FORMAT_VERSION = 1
@@ -119,7 +123,7 @@ def _prompt(where: str, line: str, index: int, folder: pathlib.Path, model: Mode
         raise UserError(
             f'{where}: {error!r}; expected {{"prompt": ...}} or {{"messages": [...]}}'
         ) from error
-    if not identity or identity.startswith(".") or set(identity) & set("/\\\0"):
+    if not identity or identity.startswith(".") or _UNNAMEABLE.search(identity):
         raise UserError(f"{where}: id {identity!r} cannot name a file")
     if not turns or turns[-1].role != "user":
         raise UserError(f"{where}: the last message must be the user's")

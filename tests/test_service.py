@@ -280,6 +280,13 @@ def test_a_command_that_cannot_be_run_claims_no_folder(folder, tmp_path, capsys)
         assert message in error and error.count("\n") == 1 and not out.exists()
 
 
+def test_an_id_is_of_characters(model, tmp_path):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(json.dumps({"id": "a\ud800", "prompt": "b"}))
+    with pytest.raises(UserError, match="p.jsonl:1: id .* cannot name a file"):
+        sample.from_file(prompts, model)
+
+
 def test_a_run_is_of_the_codec_too(model):
     bundle = model.bundle
     codec = dataclasses.replace(bundle.codec, divisors=bundle.codec.divisors * 2)
