@@ -169,6 +169,11 @@ class Model:
         self.pretzel = bundle.model
         self.tokenizer = bundle.tokenizer
 
+    @property
+    def devices(self) -> int:
+        """How many share out the weights and rows; numbers are equal to rounding for another."""
+        return 1 if self.mesh is None else self.mesh.size
+
     def placed(self) -> contextlib.AbstractContextManager:
         """What to run the model's functions in: its mesh, if it has one."""
         if self.mesh is None:
@@ -290,8 +295,8 @@ class Model:
         from starflow2_jax.service import Chat, Service  # which is made of models
 
         most = int(np.max(sampling.max_images))
-        rows = 1 if self.mesh is None else self.mesh.size
-        config = EngineConfig(rows=rows, context=context, images=max(1, most), chunk=32, steps=1)
+        images = max(1, most)
+        config = EngineConfig(self.devices, context=context, images=images, chunk=32, steps=1)
         return Chat(Service(self, config), sampling)
 
     def length(self, conversation: Conversation, name: str = "the conversation") -> int:

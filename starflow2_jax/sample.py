@@ -399,4 +399,5 @@ def describe(
         "draw": draw,
         "sampling": dataclasses.asdict(sampling),
         "engine": dataclasses.asdict(config),
+        **({"devices": model.devices} if model.devices > 1 else {}),
     }

@@ -19,6 +19,7 @@ from starflow2_jax.conversation import as_text, shows_images
 from starflow2_jax.data import digits
 from starflow2_jax.errors import UserError
 from starflow2_jax.model import Model
+from starflow2_jax.parallel.mesh import serving_mesh
 from starflow2_jax.sampling import display
 from starflow2_jax.sampling.engine import EngineConfig
 from starflow2_jax.sampling.prompts import padded
@@ -295,6 +296,15 @@ def test_a_run_is_of_the_codec_too(model):
         sample.describe(m, Sampling(), EngineConfig(), 1, True, [], None) for m in (model, other)
     ]
     assert about[0]["weights_sha256"] == bundle.checksum() != about[1]["weights_sha256"]
+
+
+def test_a_run_is_of_its_devices(model):
+    """Another number of them rounds in another way: a run does not go on with it."""
+    apart = Model(model.bundle, serving_mesh(2))
+    about = [
+        sample.describe(m, Sampling(), EngineConfig(), 1, True, [], None) for m in (model, apart)
+    ]
+    assert about[1] == about[0] | {"devices": 2}
 
 
 @pytest.mark.slow

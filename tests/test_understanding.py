@@ -141,6 +141,7 @@ class Silent:
     """Answers nothing, of no weights."""
 
     path = "latent"
+    devices = 1
 
     def checksum(self):
         return "0"
@@ -152,7 +153,7 @@ class Silent:
         return ["three"] * len(conversations)
 
 
-def test_other_data_under_the_same_name_is_another_job(folder, tmp_path):
+def test_other_data_under_the_same_name_is_another_job(folder, tmp_path, monkeypatch):
     data, picture = tmp_path / "q.jsonl", tmp_path / "0.png"
     picture.write_bytes((folder / "0.png").read_bytes())
     line = {"image": "0.png", "question": "which digit is this?", "answer": "three"}
@@ -165,6 +166,10 @@ def test_other_data_under_the_same_name_is_another_job(folder, tmp_path):
     for change in ({"answer": "seven"}, {"question": "which one is this??"}, {"doc_id": 3}):
         with pytest.raises(UserError, match="another job: records_sha256"):
             ask(line | change)
+    monkeypatch.setattr(Silent, "devices", 2)  # which round in another way
+    with pytest.raises(UserError, match="another job: devices"):
+        ask(line)
+    monkeypatch.undo()
     assert ask(line) == 1.0
     picture.write_bytes((folder / "1.png").read_bytes())
     with pytest.raises(UserError, match="another job: records_sha256"):

@@ -90,6 +90,8 @@ def run(
     about["weights_checksum"] = model.bundle.checksum()
     # A file may have changed under the same name.
     about["records_sha256"] = dataset.digest()
+    if model.devices > 1:
+        about["devices"] = model.devices
     if captions:
         about["captions_sha256"] = hashlib.sha256("\n".join(captions).encode()).hexdigest()
     job = Job(out, len(dataset), min(rows, len(dataset)), about)

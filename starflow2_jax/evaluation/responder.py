@@ -73,6 +73,11 @@ class Responder:
         if self.path == "latent" and self._model is None:
             raise UserError(f"{place} is a VLM that has no latents; it sees through its tower")
 
+    @property
+    def devices(self) -> int:
+        """See `Model.devices`."""
+        return 1 if self._model is None else self._model.devices
+
     def checksum(self) -> str:
         """Of all that answers depend on."""
         if self._model is None:

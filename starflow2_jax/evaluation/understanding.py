@@ -251,6 +251,8 @@ def run(
     about: dict[str, Any] = dataclasses.asdict(setting)
     rows = about.pop("rows")
     about |= {"path": responder.path, "weights_checksum": responder.checksum()}
+    if responder.devices > 1:
+        about["devices"] = responder.devices
     # A file may have changed under the same name.
     about["records_sha256"] = exam.digest(task)
     job = Job(out, len(source), min(rows, len(source)), about)
