@@ -220,7 +220,9 @@ class Service:
     def _remember(self, image: np.ndarray, u: np.ndarray) -> None:
         if not np.isfinite(u).all():
             return  # its pixels may be those of a proper image
-        self._latents[_digest(image)] = u
+        digest = _digest(image)
+        self._latents[digest] = u
+        self._latents.move_to_end(digest)  # one that was drawn before is as new as any
         while len(self._latents) > REMEMBERED:
             self._latents.popitem(last=False)
 

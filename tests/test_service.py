@@ -108,6 +108,19 @@ def test_latents_that_are_not_finite_are_not_remembered(model):
         assert parts[0].shape == IMAGES[0].shape and len(service._latents) == remembered
 
 
+def test_an_image_that_is_drawn_again_is_remembered_anew(model, monkeypatch):
+    monkeypatch.setattr("starflow2_jax.service.REMEMBERED", 2)
+    service = Service(model, EngineConfig(rows=1, context=64, images=1, chunk=16))
+    u = np.ones((3, *model.latents(IMAGES[:1], [0]).shape[1:]), np.float32)
+    u *= np.array([1, 2, 3])[:, None, None]
+    for n in (0, 1, 0, 2):
+        service._remember(IMAGES[n], u[n])
+    np.testing.assert_array_equal(service.latents(IMAGES[[0, 2]]), u[[0, 2]])
+    assert service.encoded == 0
+    service.latents(IMAGES[[1]])
+    assert service.encoded == 1
+
+
 def test_images_of_a_conversation_that_is_too_long_are_not_encoded(service):
     encoded = service.encoded
     with pytest.raises(UserError, match="the context holds 128"):
