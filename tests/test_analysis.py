@@ -16,10 +16,10 @@ from starflow2_jax.data.pipeline import single_batch, to_rows
 from starflow2_jax.data.sequences import Turn, encode_turns
 from starflow2_jax.evaluation import analysis
 from starflow2_jax.evaluation.dataset import open_dataset
-from starflow2_jax.model import Model
+from starflow2_jax.model import Model, load
 from starflow2_jax.models.patches import noisy_latents
 from starflow2_jax.models.pretzel import Kind, Parts
-from starflow2_jax.nn import attention
+from starflow2_jax.nn import attention, partition
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 1), dtype=np.uint8)
 DIMS = 16
@@ -100,6 +100,27 @@ def test_findings_do_not_depend_on_the_batch(model, tmp_path):
     assert "".join(words).count("one") == 1 and weights.shape == (2, 4, len(words))
     summary = one.summary()
     assert sum(s["mean"] for s in summary["log_det_share"].values()) == pytest.approx(1)
+
+
+def test_a_model_on_several_devices_is_looked_at_where_it_lies(model, tmp_path, monkeypatch):
+    save_bundle(tmp_path / "model", model.bundle)
+    write_folder(tmp_path / "data", IMAGES, np.arange(6) % 2, ("one", "two"))
+    dataset = open_dataset([tmp_path / "data"], tiny.SHAPE)
+    spread = load(tmp_path / "model", devices=2)
+    for name, act in (
+        ("look", lambda: analysis.analyse(spread, dataset, count=2, rows=2)),
+        ("generate", lambda: analysis.walk(spread, [digits.caption(1)], steps=2)),
+    ):
+        shards = []
+
+        def seen(*args, shards=shards, **options):
+            shards.append(partition.axis_extent("batch"))
+            raise KeyboardInterrupt  # what is computed is another test's
+
+        monkeypatch.setattr(analysis, name, seen)
+        with pytest.raises(KeyboardInterrupt):
+            act()
+        assert shards == [2]
 
 
 def test_a_walk_goes_from_one_noise_to_another(model):

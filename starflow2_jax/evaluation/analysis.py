@@ -162,7 +162,8 @@ def analyse(model: Model, dataset: Dataset, *, count: int = 50, rows: int = 16) 
         some = documents[start : start + rows]
         batch = single_batch([*some, *some[-1:] * (rows - len(some))], shape)
         batch["image_seeds"][:, 0] = start + np.arange(rows)
-        seen = jax.tree.map(np.asarray, look(model.pretzel, bundle.codec, batch))
+        with model.placed():
+            seen = jax.tree.map(np.asarray, look(model.pretzel, bundle.codec, batch))
         for b, document in enumerate(some):
             _note(found, model, document, jax.tree.map(lambda a, b=b: a[b], _rows_first(seen)))
     return found
@@ -236,7 +237,8 @@ def walk(
     empty = None
     if guidance:
         empty = unconditional_prompt(model.tokenizer, model.bundle.image).tokens
-    outputs = generate(model.pretzel, rows, settings, unconditional=empty, jacobi=jacobi)
+    with model.placed():
+        outputs = generate(model.pretzel, rows, settings, unconditional=empty, jacobi=jacobi)
     u = np.stack([next(p.u for p in out.pieces if isinstance(p, Image)) for out in outputs])
     pixels = model.pixels(u, jacobi)
     return pixels.reshape(len(captions), steps, *pixels.shape[1:])
