@@ -12,6 +12,7 @@ from starflow2_jax.data.sequences import Turn
 from starflow2_jax.data.views import Limits, read_picture
 from starflow2_jax.errors import UserError
 from starflow2_jax.evaluation.responder import Responder, Said
+from starflow2_jax.sampling.state import check_seed
 
 # Of tasks that say nothing of it.
 _MAX_NEW_TOKENS = 1024
@@ -46,7 +47,7 @@ class LmmsModel(lmms):
             max_batch_size, device: the harness's own; JAX places the model.
 
         Raises:
-            UserError: see `Responder`; a path or batch size that is none.
+            UserError: see `Responder`; a path, batch size or seed that is none.
         """
         del max_batch_size, device
         super().__init__()
@@ -54,6 +55,7 @@ class LmmsModel(lmms):
             raise UserError(f"path is {path!r}, expected vit or latent")
         if not str(batch_size).isdigit() or not int(batch_size):
             raise UserError(f"batch_size is {batch_size!r}, expected a positive number")
+        check_seed(int(seed))
         limits = Limits(int(min_pixels), int(max_pixels))
         self.responder = Responder(pretrained, path, limits, devices=int(devices))
         self.batch_size = int(batch_size)

@@ -236,6 +236,14 @@ def test_paths_that_a_model_has_not_are_refused(folder):
         Responder(folder / "vlm", "latent")
 
 
+@pytest.mark.parametrize("name", ["model", "vlm"])
+def test_an_empty_stop_string_is_told_of(folder, name):
+    responder = Responder(folder / name)
+    asked = [[responder.turn("user", ("which digit is this?",), "here")]]
+    with pytest.raises(UserError, match="a stop string is empty"):
+        responder.answers(asked, max_new_tokens=1, stop=("",))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["model", "vlm"])
 def test_sampled_replies_are_by_number_whatever_the_batch(folder, name):
@@ -324,6 +332,8 @@ def test_the_harness_has_its_replies(harness, folder, monkeypatch):
     replies([settings for settings, _ in cases], 4)
     assert [settings["temperature"] for _, settings in calls] == [t for _, t in cases]
     assert calls[5][1]["stop"] == ("\n",) and calls[5][1]["top_p"] == 0.9
+    with pytest.raises(UserError, match="seed is -1"):
+        harness.LmmsModel("model", seed=-1)
 
 
 def test_both_kinds_of_pictures_are_read(folder, pictures):

@@ -20,7 +20,7 @@ from starflow2_jax.data.sequences import Part, Turn
 from starflow2_jax.data.views import Limits, view
 from starflow2_jax.errors import UserError
 from starflow2_jax.model import Model, Sampling, load
-from starflow2_jax.sampling.text import until
+from starflow2_jax.sampling.text import check_stop, until
 from starflow2_jax.vlm import Assistant, Writing
 
 Path = Literal["vit", "latent"]
@@ -133,8 +133,10 @@ class Responder:
             names: what to call each conversation in an error; default: prompt and its number.
 
         Raises:
-            UserError: special tokens in a text, or more than the context holds.
+            UserError: special tokens in a text, or more than the context holds; an empty stop
+                string.
         """
+        check_stop(stop)
         numbers = range(len(conversations)) if numbers is None else numbers
         names = names or [f"prompt {n}" for n in numbers]
         if self._model is not None:
