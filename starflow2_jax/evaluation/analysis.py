@@ -4,7 +4,7 @@
   |s| / (|o| + |s|) of what a skip adds, s, to what is there, o; and the cosine between the two
   (0.472 and near 0 are the paper's for the visual skip over 50 prompts; it gives no formula).
 - Log-determinants: each block's share in log p of an image.
-- Attention of an image's positions in the deep block: to words, to the image, to what is before.
+- Attention of an image's positions in the deep block: to words, to the image before, to itself.
 - Latent walks: the noise of two drawings of one caption, and of what lies between them.
 
 Letters: B rows, T positions, I = 1 image per row, N tokens per image, C latent channels, L layers.
