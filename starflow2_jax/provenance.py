@@ -206,7 +206,7 @@ def _check_record(path: pathlib.Path, text: str, config: Mapping[str, Any], use:
     """
     try:
         record = json.loads(text)
-        version, old = record["format_version"], record["config"]
+        version, old = record["format_version"], dict(record["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not the record of a run (JSON with format_version and config); "
@@ -254,7 +254,7 @@ def check_workdir(
     if not path.is_file():
         raise UserError(f"{workdir} is not the work directory of a run: it has no {path.name}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"cannot use workdir {workdir}: {error.strerror}") from error
     _check_record(path, text, to_json(config), "give the config that the run was started with")
@@ -282,7 +282,7 @@ def claim_workdir(
     resolved = to_json(config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        text = path.read_text(encoding="utf-8") if path.exists() else None
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
     except OSError as error:
         raise UserError(f"cannot use workdir {workdir}: {error.strerror}") from error
     if text is None:

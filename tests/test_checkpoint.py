@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -130,6 +131,28 @@ def test_a_reader_beside_a_running_training(tmp_path):
             with pytest.raises(ValueError, match="reading only"):
                 reader.save(4, {"a": jnp.int32(4)})
         assert running.exists()
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_step_that_is_deleted_while_a_reader_looks(tmp_path, monkeypatch, opened):
+    with Checkpoints(tmp_path, best_by="loss") as writer:
+        for step in (1, 2):
+            writer.save(step, {"a": jnp.int32(step)}, measured={"loss": 1.0})
+        names = type(writer._manager._step_name_format)
+    listing = names.find_all
+
+    def find_all(self, base):
+        found = list(listing(self, base))
+        shutil.rmtree(tmp_path / "1", ignore_errors=True)
+        return found
+
+    if opened:
+        reader = Checkpoints(tmp_path, read_only=True, best_by="loss")
+    monkeypatch.setattr(names, "find_all", find_all)
+    if not opened:
+        reader = Checkpoints(tmp_path, read_only=True, best_by="loss")
+    with reader:
+        assert reader.steps() == [2]
 
 
 def bytes_read():

@@ -265,10 +265,16 @@ def test_folders_that_were_made_for_nothing_go(config_file, tmp_path):
 def test_workdir_of_another_version_or_kind(config_file, tmp_path):
     config = load(config_file)
     record = {"format_version": 99, "package_version": "9.0", "config": {}}
-    for content, message in ((json.dumps(record), "format version 99"), ("{", "not the record")):
-        (tmp_path / "config.json").write_text(content)
-        with pytest.raises(UserError, match=message):
-            provenance.claim_workdir(tmp_path, config)
+    for content, message in (
+        (json.dumps(record).encode(), "format version 99"),
+        (b"{", "not the record"),
+        (b"\xff", "not the record"),
+        (b'{"format_version": 1, "config": 5}', "not the record"),
+    ):
+        (tmp_path / "config.json").write_bytes(content)
+        for use in (provenance.claim_workdir, provenance.check_workdir):
+            with pytest.raises(UserError, match=message):
+                use(tmp_path, config)
     with pytest.raises(UserError, match="remote address"):
         provenance.claim_workdir("gs://bucket/run", config)
     with pytest.raises(UserError, match="cannot use workdir"):

@@ -1,14 +1,18 @@
 """Model directories from checkpoints of a run."""
 
 import json
+import os
+import pathlib
 import shutil
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
 from starflow2_jax import load
 from starflow2_jax.cli.main import main
+from starflow2_jax.errors import UserError
 from starflow2_jax.training.checkpoint import Checkpoints, checksum, load_tree
 
 # The second stage trains the adapter alone: the flow is what the first one hands on.
@@ -261,3 +265,55 @@ def test_what_a_task_makes_does_not_go_into_the_work_directory(config, running, 
     other = tmp_path / "other.py"
     other.write_text(source)
     assert export(other, running[0], tmp_path / "out") == 0
+
+
+def test_links_to_folders_become_folders(tmp_path):
+    from starflow2_jax.training.export import _mirror
+
+    other, run = tmp_path / "other_disk", tmp_path / "run"
+    other.mkdir()
+    run.mkdir()
+    (other / "manifest.json").write_text("{}")
+    (run / "latents").symlink_to(other)
+    (run / "latents" / "back").symlink_to(run)
+    (run / "gone").symlink_to(other / "gone")
+    _mirror(run, tmp_path / "copy", frozenset())
+    assert (tmp_path / "copy" / "latents" / "manifest.json").read_text() == "{}"
+    assert not (tmp_path / "copy" / "latents" / "back").exists()
+    (tmp_path / "copy" / "latents" / "made").write_text("")
+    (tmp_path / "copy" / "gone").write_text("")
+    assert sorted(path.name for path in other.iterdir()) == ["back", "manifest.json"]
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
+def test_folders_that_are_gone_or_closed_are_passed_over(tmp_path, monkeypatch, error):
+    from starflow2_jax.training.export import _mirror
+
+    (tmp_path / "run" / "closed").mkdir(parents=True)
+    (tmp_path / "run" / "file").write_text("")
+    listing = os.scandir
+
+    def scandir(folder):
+        if pathlib.Path(folder).name == "closed":
+            raise error(folder)
+        return listing(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    _mirror(tmp_path / "run", tmp_path / "copy", frozenset())
+    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["closed", "file"]
+
+
+def test_no_place_for_links_is_one_line(tmp_path, monkeypatch):
+    from starflow2_jax.training import export as exports
+
+    def symlink_to(*_):
+        raise OSError("no space left")
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "file").write_text("")
+    monkeypatch.setattr(exports, "check_workdir", lambda workdir, _: workdir)
+    monkeypatch.setattr(exports, "_check_begun", lambda *_: None)
+    monkeypatch.setattr(pathlib.Path, "symlink_to", symlink_to)
+    config = ml_collections.ConfigDict({"mesh": {}, "stages": {}})
+    with pytest.raises(UserError, match="cannot make links to the files of .*no space left"):
+        exports.export(config, None, tmp_path / "run", tmp_path / "out")

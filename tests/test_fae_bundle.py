@@ -308,6 +308,10 @@ def test_a_model_with_an_fae_as_safetensors_and_back(tmp_path):
         assert checksum(ours) == checksum(theirs)
     for name in ("model.json", "fae/model.json", "fae/statistics.json", "fae/vit/model.json"):
         assert (back / name).read_bytes() == (model / name).read_bytes()
+    (model / "fae" / "statistics.json").unlink()
+    with pytest.raises(UserError, match="has no fae/statistics.json; copy its whole directory"):
+        starflow2_folder.export_folder(model, tmp_path / "half")
+    assert not (tmp_path / "half").exists()
 
 
 def test_a_newer_format_is_named_whatever_it_holds(tmp_path):

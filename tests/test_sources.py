@@ -198,7 +198,7 @@ def test_a_json_line_that_is_none(tmp_path):
         assert source.name(number) == f"{tmp_path / 'b.jsonl'} line {number - 2}"
     assert source[6].text("txt") == caption(6)
     # Blank lines are no records, but count as lines.
-    (tmp_path / "b.jsonl").write_text("\n" + "\n  \r\n\n".join(lines) + "\n\n")
+    (tmp_path / "b.jsonl").write_text("\n" + "\n \f \r\n\n".join(lines) + "\n\n")
     source = ConversationSource(tmp_path / "*.jsonl")
     assert len(source) == 9 and source[6].text("txt") == caption(6)
     assert source.name(4) == f"{tmp_path / 'b.jsonl'} line 5"

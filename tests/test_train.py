@@ -1,5 +1,6 @@
 """The train command as a user runs it: stages, resuming, interruption, bad work directories."""
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -12,9 +13,11 @@ import textwrap
 import types
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 import resume_config
+from flax import nnx
 from test_export import content
 
 from starflow2_jax import metrics
@@ -22,9 +25,13 @@ from starflow2_jax.cli.main import main
 from starflow2_jax.errors import UserError
 from starflow2_jax.metrics import read_metrics
 from starflow2_jax.nn import partition
+from starflow2_jax.parallel.mesh import make_mesh
+from starflow2_jax.provenance import to_json
 from starflow2_jax.training import loop
 from starflow2_jax.training.checkpoint import checksum, load_tree
+from starflow2_jax.training.config_file import step_config
 from starflow2_jax.training.meter import TIMES
+from starflow2_jax.training.step import init_state
 
 HERE = pathlib.Path(__file__).parent
 CONFIG = str(HERE / "resume_config.py")
@@ -307,3 +314,44 @@ def test_an_interrupted_image_flow_resumes_to_the_same_bits(tmp_path, monkeypatc
     assert run("parts") == 0
     assert "train 3/4" in capsys.readouterr().out
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_continued_run_names_its_own_revision_and_config(tmp_path, monkeypatch):
+    optimizer = {"steps": 2, "learning_rate": 1e-3, "warmup": 1}
+    config = ml_collections.ConfigDict(
+        {"seed": 0, "stages": {"one": {"optimizer": optimizer}}, "checkpoint": {"keep_last": 1}}
+    )
+    old = {"seconds": 1.0, "frozen_checksum": "", "config": {}, "git_revision": "old"}
+    seen = []
+
+    class Stored(contextlib.nullcontext):
+        def __init__(self, *_, **__):
+            super().__init__(self)
+
+        def latest(self):
+            return 1
+
+        def restore(self, step, abstract, batches):
+            return init_state(parts[1], step_config(config.stages.one), 0), old
+
+    def trained(this, stage, config, parts, batches, checkpoints, metadata):
+        seen.append(metadata)
+        return parts[1]
+
+    monkeypatch.setattr(loop, "Checkpoints", Stored)
+    monkeypatch.setattr(loop, "_train", trained)
+    monkeypatch.setattr(loop, "git_revision", lambda: "new")
+    parts = nnx.split(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    stage = types.SimpleNamespace(name="one", averaged=False, steps=lambda config: config)
+    anything = lambda *_, **__: None
+    this = types.SimpleNamespace(
+        config=config,
+        workdir=tmp_path,
+        mesh=make_mesh(),
+        task=types.SimpleNamespace(stages=[stage]),
+        succession=types.SimpleNamespace(start=lambda _: parts, check=anything, go_on=anything),
+        metrics=types.SimpleNamespace(truncate_after=anything),
+        batches=lambda *_, **__: types.SimpleNamespace(close=anything),
+    )
+    loop._run_stage(this, stage)
+    assert seen == [{**old, "git_revision": "new", "config": to_json(config)}]

@@ -92,7 +92,7 @@ def _parts(where: pathlib.Path, descriptions: Descriptions) -> list[_Part]:
     """The folders of weights that these descriptions are of.
 
     Raises:
-        UserError: they describe no model.
+        UserError: they describe no model, or lack a part.
     """
     try:
         record = descriptions[_MODEL_FILE]
@@ -105,6 +105,9 @@ def _parts(where: pathlib.Path, descriptions: Descriptions) -> list[_Part]:
         has_fae = "fae" in record
         parts = [_model_part(bundle.config_from_json(record["model"]), codec=not has_fae)]
         if has_fae:
+            statistics = f"{_FAE}{fae_bundle.STATISTICS_FILE}"
+            if statistics not in descriptions:  # without them nobody could load it
+                raise UserError(f"{where} has no {statistics}; copy its whole directory")
             config = fae.from_json(descriptions[f"{_FAE}{_MODEL_FILE}"]["model"])
             parts.append(_as_it_is(lambda: FAE(config, rngs=nnx.Rngs(0)), _FAE, "fae."))
         if has_fae and f"{_VIT}{_MODEL_FILE}" in descriptions:

@@ -58,9 +58,8 @@ def decode_still(data: bytes, shape: ImageShape) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as image:
             frames, mode = getattr(image, "n_frames", 1), image.mode
-            if (
-                image.format == "MPO"
-            ):  # a JPEG with others of the same scene behind it, as of phones
+            # A JPEG with others of the same scene behind it, as of phones.
+            if image.format == "MPO":
                 frames = 1
     except UnidentifiedImageError:
         raise ValueError(f"{len(data)} bytes that are no image of a known format") from None

@@ -13,8 +13,8 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import grain
 import jax
@@ -72,6 +72,22 @@ def _measured(name: str, measured: Mapping[str, float]) -> float:
     return math.inf if math.isnan(value) else value
 
 
+_LOOKS = 10
+_Found = TypeVar("_Found")
+
+
+def _look(look: Callable[[], _Found]) -> _Found:
+    """What `look` finds among the steps, of which a training beside this may delete one meanwhile.
+
+    Raises:
+        FileNotFoundError: time and again: it is not that.
+    """
+    for _ in range(_LOOKS - 1):
+        with contextlib.suppress(FileNotFoundError):
+            return look()
+    return look()
+
+
 class Checkpoints:
     """The checkpoints of one directory, by step. Saving is asynchronous.
 
@@ -118,8 +134,9 @@ class Checkpoints:
             )
         self._read_only = read_only
         self._best_by = best_by
-        with self._writing():
-            self._manager = ocp.CheckpointManager(
+
+        def manager() -> ocp.CheckpointManager:
+            return ocp.CheckpointManager(
                 self.directory,
                 item_names=("state", "metadata", "data"),
                 item_handlers={
@@ -137,6 +154,9 @@ class Checkpoints:
                 ),
             )
 
+        with self._writing():
+            self._manager = _look(manager) if read_only else manager()
+
     def __enter__(self) -> "Checkpoints":
         return self
 
@@ -147,7 +167,7 @@ class Checkpoints:
         """All complete steps, ascending; waits for a running save."""
         self.wait()
         # Somebody may have deleted a damaged step, or a training beside this reader gone on.
-        self._manager.reload()
+        _look(self._manager.reload)
         return sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:

@@ -7,6 +7,7 @@ one that a run which ended with that checkpoint would have written.
 import contextlib
 import difflib
 import io
+import os
 import pathlib
 import tempfile
 from collections.abc import Collection, Sequence
@@ -75,7 +76,10 @@ def export(
     with tempfile.TemporaryDirectory(prefix="starflow2_export_") as scratch:
         # A task makes files of its own in the work directory; here they go into a copy.
         copy = pathlib.Path(scratch) / "workdir"
-        _mirror(workdir, copy, leave=tuple(config.stages))
+        try:
+            _mirror(workdir, copy, frozenset({pathlib.Path(scratch).resolve()}), config.stages)
+        except OSError as error:
+            raise UserError(f"cannot make links to the files of {workdir}: {error}") from error
         with contextlib.redirect_stdout(io.StringIO()):  # it would tell of the copy
             task = make_task(config, module, copy)
         stages = _stages(config, workdir, task, stage)
@@ -127,22 +131,41 @@ def _check_begun(
         )
 
 
-def _mirror(folder: pathlib.Path, copy: pathlib.Path, leave: Collection[str] = ()) -> None:
+def _mirror(
+    folder: pathlib.Path,
+    copy: pathlib.Path,
+    above: frozenset[pathlib.Path],
+    leave: Collection[str] = (),
+) -> None:
     """Makes folders like those of a folder, with links in the place of its files.
+
+    A link to a folder becomes a folder, too: through a link, what a task makes in it would go into
+    the original.
 
     Args:
         folder: absolute.
         copy: to make.
+        above: folders that are left out, without links in their paths: a link may lead back.
         leave: names of the folder's entries that are not copied.
+
+    Raises:
+        OSError: a folder or a link cannot be made.
     """
     copy.mkdir()
-    for entry in folder.iterdir():
+    above |= {folder.resolve()}
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, PermissionError):
+        return  # a training beside this has deleted it; or a task cannot read it either
+    for entry in entries:
         if entry.name in leave:
             continue
-        if entry.is_dir() and not entry.is_symlink():
-            _mirror(entry, copy / entry.name)
-        else:
-            (copy / entry.name).symlink_to(entry)
+        path, target = pathlib.Path(entry.path), copy / entry.name
+        if entry.is_dir():
+            if path.resolve() not in above:
+                _mirror(path, target, above)
+        elif not entry.is_symlink() or path.exists():
+            target.symlink_to(path)
 
 
 def _stages(

@@ -185,12 +185,12 @@ def _run_stage(this: _Run, stage: Stage) -> nnx.Module:
                 "stage": stage.name,
                 "seconds": 0.0,
                 "frozen_checksum": this.succession.frozen_checksum,
-                "config": to_json(this.config),
-                "git_revision": git_revision(),
             }
         else:
             state, metadata = checkpoints.restore(latest, abstract, batches)
             this.succession.check(metadata, folder / str(latest))
+        # A run that goes on may compute otherwise, and by another revision.
+        metadata |= {"config": to_json(this.config), "git_revision": git_revision()}
         del trainable  # the state has copies of its own
         if latest != config.steps:
             later = [s.name for s in this.task.stages[number + 1 :]]

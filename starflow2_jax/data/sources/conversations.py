@@ -97,7 +97,7 @@ class ConversationSource(Source):
         start, stop = (int(b) for b in self._bounds[index + number : index + number + 2])
         with path.open("rb") as file:
             file.seek(start)
-            line = file.read(stop - start)
+            line = file.read(stop - start).strip()  # blank lines may have what JSON knows not
         try:
             fields = json.loads(line)
         except ValueError as error:
