@@ -41,7 +41,7 @@ TOPOLOGIES = {
     "v5e:16x16": (dict(fsdp=16, columns=16), dict(image_to_text=2, joint=2)),
     "2xv5e:16x16": (dict(data=2, fsdp=16, columns=16), {}),
     "v6e:16x16": (dict(fsdp=16, columns=16), {}),
-    "v5p:4x4x4": (dict(fsdp=16, columns=4), dict(joint=2)),
+    "v5p:4x4x4": (dict(fsdp=8, columns=8), {}),
     "tpu7x:4x4x4": (dict(fsdp=16, columns=8), {}),
     "v5e:4x4": (dict(fsdp=16), {}),
     "v6e:2x4": (dict(fsdp=8), {}),
