@@ -24,7 +24,7 @@ from starflow2_jax.data.sequences import ImageShape
 from starflow2_jax.data.sources import FolderSource
 from starflow2_jax.evaluation.emoji import ReportConfig, write_report
 from starflow2_jax.evaluation.pictures import draw_captions
-from starflow2_jax.fae_bundle import load_fae, read_fae, save_fae
+from starflow2_jax.fae_bundle import load_fae, load_vit, read_fae, save_fae
 from starflow2_jax.fae_cache import cache_latents
 from starflow2_jax.model import Model, Sampling, load
 from starflow2_jax.model_folder import finished
@@ -52,28 +52,28 @@ def get_config() -> ml_collections.ConfigDict:
     config.log_seconds = 10.0
     config.emoji = "data/emoji"
     config.fae = "runs/fae_emoji"
-    config.judge = ""  # the FAE's run in whose ViT's features KID is measured, if not that one
+    config.judge = ""  # run of fae_emoji.py in whose ViT's features KID is measured; "": the FAE's
     config.noise_std = 0.3
     config.language_model = group(dict(width=128, layers=3, head_dim=32, mlp_width=384))
     config.flow = group(dict(width=192, head_dim=32, deep_layers=3, shallow_layers=(2, 2)))
     config.stages = group()
     config.stages.pretrain_lm = _stage(
-        dict(rows=16, length=96, images=6),
+        dict(rows=16, length=168, images=6),
         dict(draw=2.0, nothing=0.3, category=2.0, tone=1.0),
         dict(steps=150, learning_rate=3e-3, warmup=20),
     )
     config.stages.text_to_image = _stage(
-        dict(rows=32, length=30, images=1),
+        dict(rows=32, length=42, images=1),
         dict(draw=9.0, nothing=1.0),
         dict(steps=750, learning_rate=2e-3, warmup=50, weight_decay=0.1),
     )
     config.stages.image_to_text = _stage(
-        dict(rows=16, length=96, images=6),
+        dict(rows=16, length=168, images=6),
         dict(category=1.0),
         dict(steps=100, learning_rate=3e-3, warmup=20),
     )
     config.stages.joint = _stage(
-        dict(rows=16, length=96, images=6),
+        dict(rows=16, length=168, images=6),
         dict(draw=3.0, nothing=0.4, category=1.0, tone=4.0),
         dict(steps=350, learning_rate=6e-4, warmup=50, weight_decay=0.1),
     )
@@ -175,11 +175,11 @@ def report(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         wanted = tuple(one for one in read_manifest(emoji) if one.split == split)
         splits[split] = EmojiSet(wanted, load_pictures(emoji, wanted))
     settings = ReportConfig(**config.report, seed=config.seed)
-    judge = finished(pathlib.Path(config.judge).expanduser()) if config.judge else untuned
+    vit = pathlib.Path(config.judge or config.fae).expanduser() / "vit"
     write_report(
         load(workdir),
         load_fae(untuned),
-        load_fae(judge),
+        load_vit(vit) if config.judge or vit.is_dir() else None,
         splits,
         config.noise_std,
         settings,

@@ -25,6 +25,7 @@ from starflow2_jax.evaluation.likelihood import paired_difference, score_caption
 from starflow2_jax.evaluation.pictures import grid, plot_losses
 from starflow2_jax.metrics import read_metrics
 from starflow2_jax.model import Conversation, Model, Sampling
+from starflow2_jax.models.dinov2 import DinoV2
 from starflow2_jax.models.fae import FeatureFAE
 from starflow2_jax.provenance import write_json
 from starflow2_jax.sampling import display
@@ -124,10 +125,10 @@ def _decoded(fae: FeatureFAE, x: np.ndarray) -> np.ndarray:
     return np.asarray(jnp.round(jnp.clip(pixels, 0.0, 1.0) * 255.0)).astype(np.uint8)
 
 
-def vit_features(fae: FeatureFAE, images: np.ndarray) -> np.ndarray:
-    """Mean over the patches of what the FAE's ViT makes of images: [n, D]."""
-    made = jax.jit(lambda fae, images: fae.features_of(images, jnp.dtype("float32")).mean(1))
-    return np.asarray(made(fae, images))
+def vit_features(vit: DinoV2, images: np.ndarray) -> np.ndarray:
+    """Mean over the patches of what a ViT makes of images, uint8 [n, H, W, 3]: [n, D], float32."""
+    made = jax.jit(lambda vit, pixels: vit(vit.normalise(pixels)).patches.mean(1))
+    return np.asarray(made(vit, jnp.asarray(images, jnp.float32) / 255.0))
 
 
 def labelled(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str]) -> Image.Image:
@@ -150,7 +151,7 @@ def labelled(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str]) -> I
 def _draw(
     model: Model,
     untuned: FeatureFAE,
-    judge: FeatureFAE,
+    judge: DinoV2 | None,
     splits: dict[str, EmojiSet],
     noise_std: float,
     config: ReportConfig,
@@ -170,7 +171,7 @@ def _draw(
     order = np.argsort(np.arange(len(captions)) % half, kind="stable")[:SHOWN]
     rows = [[originals[i], tuned[i], stepped[i], noisy[i]] for i in order]
     labelled(rows, [captions[i] for i in order]).save(folder / "drawings.png")
-    if judge.vit is None:
+    if judge is None:
         return {}
     real = vit_features(judge, np.stack(originals))
     return {
@@ -217,7 +218,7 @@ def _questions(model: Model, emoji: EmojiSet, config: ReportConfig) -> dict[str,
 def write_report(
     model: Model,
     untuned: FeatureFAE,
-    judge: FeatureFAE,
+    judge: DinoV2 | None,
     splits: dict[str, EmojiSet],
     noise_std: float,
     config: ReportConfig,
@@ -228,8 +229,7 @@ def write_report(
     Args:
         model: whose FAE's decoders are tuned to the noise.
         untuned: the FAE before that, for what the score step leaves.
-        judge: an FAE in whose ViT's features the drawings' KID is measured; one without a ViT
-            measures none.
+        judge: the ViT in whose features the drawings' KID is measured; None: it is not.
         splits: `train` and `test`, with pixels.
         noise_std: of the noise on the normalised latents that the flow was trained with.
         config: see `ReportConfig`.
