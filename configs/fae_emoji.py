@@ -113,11 +113,13 @@ def smoke(config: ml_collections.ConfigDict) -> None:
     """The same code at tiny sizes, on made pictures."""
     config.emoji = "made"
     config.vit.update(width=32, layers=1, head_dim=16)
+    config.fae.vit.patch = 16
+    config.fae.vit.pixel_decoder.update(width=64, heads=2)
     for fae in config.fae.values():
-        fae.update(patch=16, channels=4)
+        fae.channels = 4
         fae.encoder.update(heads=2, head_dim=8)
         fae.feature_decoder.update(layers=1, mlp_width=32)
-        fae.pixel_decoder.update(layers=1, width=64, heads=2, mlp_width=32)
+        fae.pixel_decoder.update(layers=1, mlp_width=32)
     for stage in [config.vit_stage, *config.stages.values()]:
         stage.batch.rows = 8
         stage.optimizer.update(steps=2, warmup=1)
