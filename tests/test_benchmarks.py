@@ -42,7 +42,7 @@ def test_ratio_is_the_median_of_the_pairs(flow_speed):
 def test_real_timings_make_a_row(flow_speed):
     x = jnp.ones((64, 64))
     call = jax.jit(lambda x: x @ x)
-    timings = flow_speed.measure(lambda: call(x), pairs=5, side=64)
+    timings = flow_speed.measure(lambda: call(x), flow_speed.product_of(64), pairs=5, side=64)
     assert len(timings) == 5
     assert all(t.seconds > 0 and t.gflops > 0 for t in timings)
     assert flow_speed.row("x", timings, 1.0)["ratio"] > 0
