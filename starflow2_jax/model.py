@@ -358,6 +358,8 @@ class Model:
             encode_turns(turns, self.tokenizer, self.bundle.image, where=name)
             for turns, name in zip(conversations, names, strict=True)
         ]
+        if not documents:
+            return []
         seeds = range(len(documents)) if seeds is None else seeds
         longest = max(positions, *(len(d.tokens) for d in documents))
         most = max(1, max(len(d.images) for d in documents))

@@ -136,6 +136,10 @@ def test_log_prob_is_the_models(model):
     np.testing.assert_allclose(scores[0].text, text, rtol=1e-5)
 
 
+def test_of_nothing_there_is_nothing(model):
+    assert model.generate([]) == [] == model.log_prob([])
+
+
 def test_bad_prompts_are_the_users_to_mend(model):
     with pytest.raises(UserError, match="end with a user's turn"):
         model.generate([[Turn("assistant", ("three",))]])
