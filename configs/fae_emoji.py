@@ -1,11 +1,11 @@
-"""An FAE of 64x64 emoji, on bare patches of pixels or on a small ViT that is trained first.
+"""An FAE of 64x64 emoji, on bare patches of pixels or on the features of a small ViT.
 
     npm pack emoji-datasource-google
     starflow2 data emoji --archive emoji-datasource-google-16.0.0.tgz --out data/emoji
     starflow2 train --config configs/fae_emoji.py --workdir runs/fae_emoji
 
-The ViT, shaped as DINOv2, learns by masked reconstruction; then come the FAE's stages. Its features
-are bare patches: in the latents of those, drawings were better than in those of the ViT's features,
+A ViT, shaped as DINOv2, learns by masked reconstruction; then come the FAE's stages. What the FAE
+encodes are bare patches: drawings were better in their latents than in those of the ViT's features,
 which `--config.features=vit` takes (docs/emoji.md). Drawings are measured in the ViT's features, so
 it is trained in either case. At the end the work directory holds `model/` (decoders tuned to the
 flow's noise), `model_untuned/`, `vit/`, report.md and pictures. The report has the rFID where
