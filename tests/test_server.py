@@ -10,7 +10,6 @@ import os
 import resource
 import shutil
 import socket
-import struct
 import threading
 import time
 
@@ -186,16 +185,6 @@ def picture_of(width, height):
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def picture_with_a_bad_tag():
-    """Whole but for its EXIF: it is to be turned, and its width is a text."""
-    file = io.BytesIO()
-    entries = struct.pack(">HHLL", 0x100, 2, 21, 38) + struct.pack(">HHLHH", 0x112, 3, 1, 6, 0)
-    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + entries + b"\0\0\0\0" + b"a" * 21
-    Image.new("L", (8, 8)).save(file, "PNG", exif=exif)
-    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
 @pytest.mark.parametrize(
     "body, status, message",
     [
@@ -206,7 +195,6 @@ def picture_with_a_bad_tag():
         ({"messages": [1]}, 400, "messages[0] is no object"),
         ({"messages": [{"role": "tool", "content": ""}]}, 400, "role is 'tool'"),
         ({"messages": [{"role": "user", "content": [BROKEN]}]}, 400, "cannot be read"),
-        ({"messages": [{"role": "user", "content": [picture_with_a_bad_tag()]}]}, 400, "cannot"),
         ({"messages": [{"role": "user", "content": [FAR]}]}, 400, "nothing is downloaded"),
         ({"messages": [{"role": "user", "content": [picture_of(7000, 7000)]}]}, 400, "at most"),
         ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, 400, "special token"),

@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import shutil
+import struct
 import tarfile
 
 import numpy as np
@@ -23,7 +24,7 @@ from source_files import (
     write_tar,
 )
 
-from starflow2_jax.data import decoding
+from starflow2_jax.data import decoding, views
 from starflow2_jax.data.sequences import ImageShape
 from starflow2_jax.data.sources import (
     ArrayRecordSource,
@@ -253,6 +254,9 @@ def test_orientation_transparency_and_large_jpegs():
     lying = Image.fromarray(np.rot90(upright))
     out = decoding.decode(encoded(lying, exif=exif), ImageShape(20, 20, 3, 2))
     np.testing.assert_array_equal(out, upright)
+    with Image.open(io.BytesIO(encoded(lying, exif=exif))) as opened:
+        once = views.upright(opened)
+        assert views.upright(once) is once
     clear = Image.new("RGBA", (20, 20), (255, 0, 0, 0))
     assert (decoding.decode(encoded(clear), SHAPE) == 255).all()
     grey = decoding.decode(encoded(Image.new("RGB", (9, 9), (90, 90, 90))), ImageShape(8, 8, 1, 2))
@@ -263,6 +267,19 @@ def test_orientation_transparency_and_large_jpegs():
     jpeg = decoding.decode(encoded(large, format="JPEG", quality=95), SHAPE)
     exact = decoding.decode(encoded(large), SHAPE)
     assert np.abs(jpeg.astype(int) - exact.astype(int)).max() <= 4
+
+
+def test_orientation_beside_a_damaged_tag():
+    lying = np.zeros((20, 20, 3), np.uint8)
+    lying[:10] = 255
+    # The width is a text; then, to be turned by 90 degrees clockwise.
+    entries = struct.pack(">HHLL", 0x100, 2, 21, 38) + struct.pack(">HHLHH", 0x112, 3, 1, 6, 0)
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + entries + b"\0\0\0\0" + b"a" * 21
+    shape = ImageShape(20, 20, 3, 2)
+    out = decoding.decode(encoded(Image.fromarray(lying), exif=exif), shape)
+    np.testing.assert_array_equal(out, np.rot90(lying, -1))
+    damaged = encoded(Image.fromarray(lying), exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    np.testing.assert_array_equal(decoding.decode(damaged, shape), lying)
 
 
 def test_broken_images_raise():

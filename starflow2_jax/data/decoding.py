@@ -3,9 +3,10 @@
 import io
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from starflow2_jax.data.sequences import ImageShape
+from starflow2_jax.data.views import upright
 
 _MODES = {1: "L", 3: "RGB"}
 
@@ -38,7 +39,7 @@ def decode(data: bytes, shape: ImageShape) -> np.ndarray:
         # the target, so that the resize still does the filtering. (Sides may be swapped by EXIF.)
         longest = 2 * max(target)
         image.draft(None, (longest, longest))
-        ImageOps.exif_transpose(image, in_place=True)
+        image = upright(image)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")

@@ -12,8 +12,8 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
-import PIL.ImageOps
 
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import Kind
@@ -23,6 +23,18 @@ from starflow2_jax.models.qwen2_5_vision import Views, VisionConfig, grid_layout
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711])
 LARGEST_ASPECT = 200
+# By the EXIF orientation: what turns a stored picture upright.
+_TURNS = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+# Where Pillow finds an orientation.
+_ORIENTED = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +112,27 @@ def smart_resize(height: int, width: int, factor: int, limits: Limits) -> tuple[
     return sides[0], sides[1]
 
 
+def upright(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """An opened picture turned as its EXIF orientation says; as it is stored where that is damaged.
+
+    A turned picture is not turned once more by what its file said.
+
+    Raises:
+        Exception: what Pillow raises on damaged pixels: OSError, ValueError, SyntaxError, others.
+    """
+    try:
+        orientation = picture.getexif().get(PIL.ExifTags.Base.Orientation)
+    except Exception:  # Pillow's reader raises anything; the picture does not depend on it
+        orientation = None
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    if turn is None:
+        return picture
+    turned = picture.transpose(turn)
+    for key in _ORIENTED:
+        turned.info.pop(key, None)
+    return turned
+
+
 def read_picture(path: str | os.PathLike[str]) -> PIL.Image.Image:
     """A picture file, upright.
 
@@ -108,7 +141,7 @@ def read_picture(path: str | os.PathLike[str]) -> PIL.Image.Image:
     """
     try:
         with PIL.Image.open(path) as picture:
-            return PIL.ImageOps.exif_transpose(picture).convert("RGB")
+            return upright(picture).convert("RGB")
     except FileNotFoundError as error:
         raise UserError(f"{os.fspath(path)}: no such image") from error
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:

@@ -12,12 +12,11 @@ from typing import Literal
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 
 from starflow2_jax.bundle import is_bundle
 from starflow2_jax.data.decoding import decode
 from starflow2_jax.data.sequences import Part, Turn
-from starflow2_jax.data.views import Limits, view
+from starflow2_jax.data.views import Limits, upright, view
 from starflow2_jax.errors import UserError
 from starflow2_jax.model import Model, Sampling, load
 from starflow2_jax.sampling.text import check_stop, until
@@ -92,11 +91,11 @@ class Responder:
                 data = said if isinstance(said, bytes) else _encoded(said)
                 return decode(data, self._model.bundle.image)
             opened = PIL.Image.open(io.BytesIO(said)) if isinstance(said, bytes) else said
-            upright = PIL.ImageOps.exif_transpose(opened).convert("RGB")
+            picture = upright(opened).convert("RGB")
         except Exception as error:  # Pillow's readers raise anything on damaged files
             reason = " ".join(str(error).split())
             raise UserError(f"{where}: the picture cannot be read ({reason})") from error
-        return view(upright, self._tower, self._limits, where)
+        return view(picture, self._tower, self._limits, where)
 
     def turn(self, role: Literal["user", "assistant"], said: Sequence[Said], where: str) -> Turn:
         """A turn of texts and pictures.
@@ -165,7 +164,7 @@ class Responder:
 def _encoded(picture: PIL.Image.Image) -> bytes:
     """As PNG, upright; what PNG cannot hold (CMYK, say) in RGB."""
     file = io.BytesIO()
-    picture = PIL.ImageOps.exif_transpose(picture)
+    picture = upright(picture)
     held = picture.mode in ("1", "L", "LA", "P", "RGB", "RGBA")
     (picture if held else picture.convert("RGB")).save(file, "PNG")
     return file.getvalue()
