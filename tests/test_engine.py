@@ -32,6 +32,7 @@ from starflow2_jax.sampling.prompts import Image, Text, extended
 from starflow2_jax.sampling.state import row_settings
 
 SIZES = EngineConfig(rows=3, twins=2, context=64, images=2, chunk=24, chunks=2, steps=3)
+FLOAT32 = dataclasses.replace(tiny.config("float32"), special=CONFIG.special)
 
 
 def requests():
@@ -89,9 +90,7 @@ def traced():
 @pytest.fixture(scope="module")
 def single():
     """In float32, where an order of summation would show; twins are scarce."""
-    cfg = tiny.config("float32")
-    cfg = dataclasses.replace(cfg, special=CONFIG.special)
-    model = tiny.pretzel(cfg, seed=3)
+    model = tiny.pretzel(FLOAT32, seed=3)
     model.vlm.head[...] = model.vlm.head[...].at[START].multiply(6.0)
     engine = Engine(model, SIZES, unconditional=UNCONDITIONAL)
     engine.warm_up()
@@ -118,6 +117,55 @@ def test_in_company_or_alone_the_bits_are_the_same_and_nothing_is_compiled_again
         same(together[n], theirs)
         same(found[numbers[order.index(n)]], theirs)
     assert traced() == before
+
+
+TWO_GROUPS = dataclasses.replace(SIZES, rows=4, twins=2, groups=2)
+
+
+def test_groups_of_rows_give_the_bits_of_one_group():
+    """Two groups are the programs of one of half the rows, side by side."""
+    model = tiny.pretzel(FLOAT32, seed=3)
+    engine = make(model, TWO_GROUPS)
+    engine.warm_up()
+    before = traced()
+    together = served(engine, requests())
+    assert all(group.fed for group in engine._groups)
+    half = make(model, dataclasses.replace(SIZES, rows=2, twins=1, groups=1))
+    for mine, theirs in zip(together, served(half, requests()), strict=True):
+        same(mine, theirs)
+    for mine, request in zip(together, requests(), strict=True):
+        same(mine, served(engine, [request])[0])
+    assert traced() == before
+    with pytest.raises(UserError, match="3 rows cannot be shared out over 2 groups"):
+        make(model, dataclasses.replace(TWO_GROUPS, rows=3))
+
+
+def test_groups_know_what_was_kept_and_who_left():
+    """A request goes on from its caches, whichever group has them and whatever that group does."""
+    model = tiny.pretzel(FLOAT32, seed=3)
+    engine = make(model, dataclasses.replace(TWO_GROUPS, steps=1))
+    first = Request(row_of(Text((1, 2, START))), seed=4, guidance=1.0, max_images=1, keep=True)
+    kept = served(engine, [first, dataclasses.replace(first, seed=5)])
+    for n, (pieces, _) in enumerate(kept):
+        others = [engine.submit(request) for request in requests()[:2]]
+        engine.poll()
+        row = extended(first.row, [Image(pieces[0]), Text((7, 8, 9 + n))], CONFIG)
+        again = Request(row, temperature=1.0, max_new_tokens=6, max_images=0, reuse=True)
+        before = engine.reused
+        number = engine.submit(again)
+        found = outcome(engine.run())
+        assert set(found) == {*others, number}
+        assert engine.reused - before == len(row) - 3
+        [fresh] = served(make(model), [dataclasses.replace(again, reuse=False)])
+        same(found[number], fresh, exact=False, tolerance=1e-4)
+    numbers, events = [engine.submit(request) for request in requests()], engine.poll()
+    for number in numbers:
+        engine.cancel(number)
+        events += engine.poll()
+    reasons = [reason for _, reason in outcome([*events, *engine.run()]).values()]
+    assert len(reasons) == len(numbers) and "cancelled" in reasons
+    engine.cancel(numbers[0])  # long gone
+    assert not engine.poll() and not engine.busy and not engine._cancelled
 
 
 def test_requests_are_rows_of_a_batch(x64):
@@ -174,8 +222,7 @@ def test_what_is_not_finite_stays_with_its_request(monkeypatch, stacked):
     """Rows, their twins and what is kept of them give later requests the bits of a new engine."""
     if stacked:  # as on other devices than CPUs
         monkeypatch.setattr(slots, "for_decoding", lambda model: model)
-    cfg = dataclasses.replace(tiny.config("float32"), special=CONFIG.special)
-    model = tiny.pretzel(cfg, seed=3)
+    model = tiny.pretzel(FLOAT32, seed=3)
     sizes = dataclasses.replace(SIZES, rows=2, twins=1, images=1)
     draw = Request(row_of(Text((1, START))), guidance=1.0, max_images=1, keep=True)
     wild = [dataclasses.replace(draw, image_temperature=3e38, seed=n) for n in (0, 1)]
@@ -241,7 +288,7 @@ def test_stop_strings_cancelling_and_refusals(x64):
 def test_on_a_mesh_the_rows_are_cut(x64):
     assert len(jax.devices()) == 8
     mesh = serving_mesh(4)
-    config = dataclasses.replace(SIZES, rows=4, twins=4)
+    config = dataclasses.replace(SIZES, rows=4, twins=4, groups=1)
     model = random_model()
     graphdef, state = nnx.split(model)
     places = rules.shardings(state, mesh, rules.SERVING)
@@ -249,7 +296,7 @@ def test_on_a_mesh_the_rows_are_cut(x64):
     engine = make(sharded, config, mesh=mesh)
     engine.warm_up()
     before = traced()
-    for stored in jax.tree.leaves(engine._state.caches["vlm"]["k"]):
+    for stored in jax.tree.leaves(engine._groups[0]._state.caches["vlm"]["k"]):
         assert len(stored.sharding.device_set) == 4
         assert not stored.sharding.is_fully_replicated
     ours = served(engine, requests())

@@ -342,6 +342,11 @@ def test_temperature_and_top_p():
     allowed = jnp.asarray([True, False, True, False, True])
     check(choices(logits, 1.0, 1.0, allowed=allowed), np.array([0.1, 0, 0.2, 0, 0.05]) / 0.35)
     check(choices(logits, 0.0, 1.0, allowed=allowed), np.eye(5)[2])
+    keys = jax.random.split(jax.random.key(0), 4000)
+    categorical = jax.vmap(lambda key: jax.random.categorical(key, jnp.asarray(logits)))(keys)
+    np.testing.assert_array_equal(choices(logits, 1.0, 1.0), categorical)
+    # Of equal ones the first.
+    check(choices(np.array([0.0, 2.0, 1.0, 2.0, 2.0]), 0.0, 1.0), np.eye(5)[1])
     # A row that keeps all draws the same beside one that does not.
     top_p = np.where(np.arange(4000) % 2, 0.6, 1.0)
     beside = choices(logits, 1.0, top_p)

@@ -129,8 +129,9 @@ def run(args: argparse.Namespace) -> None:
     )
     total = len(prompts) * samples
     progress = Progress("sample", total, unit="samples")
+    service = Service(model, config)
     job = sample.Job(
-        Service(model, config),
+        service,
         out,
         sampling,
         samples=samples,
@@ -140,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
     )
     # A command that cannot be run leaves nothing: the corrected one finds no other run's folder.
     job.check(prompts)
-    about = sample.describe(model, sampling, config, samples, draw, prompts, path)
+    about = sample.describe(model, sampling, service.engine.config, samples, draw, prompts, path)
     sample.claim(out, {"format": args.format, **about}, args.resume)
     drawn = job.run(prompts, items)
     print(f"wrote {drawn} samples, {total} in all, to {out}")

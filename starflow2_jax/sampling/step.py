@@ -280,6 +280,16 @@ def _nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
     return jnp.where((probs >= smallest) | (top_p >= 1.0)[:, None], logits, -jnp.inf)
 
 
+def _largest(x: jax.Array) -> jax.Array:
+    """Where the largest number of each row of x, [B, V], is first: int32 [B].
+
+    As `argmax`, which compares pairs of a number and its place, one after another on a CPU.
+    """
+    size = x.shape[-1]
+    places = jnp.where(x == x.max(-1, keepdims=True), jnp.arange(size, dtype=jnp.int32), size - 1)
+    return places.min(-1)
+
+
 def choose_token(
     logits: jax.Array,
     allowed: jax.Array,
@@ -301,7 +311,7 @@ def choose_token(
         int32 [B].
     """
     logits = jnp.where(allowed, logits, -jnp.inf)
-    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    likeliest = _largest(logits)
     random = needed & (temperature > 0)
 
     def sampled() -> jax.Array:
@@ -310,7 +320,10 @@ def choose_token(
         warm = jax.lax.cond(
             jnp.any(random & (top_p < 1)), lambda: _nucleus(warm, top_p), lambda: warm
         )
-        token = jax.vmap(jax.random.categorical)(keys, warm).astype(jnp.int32)
+        # As `jax.random.categorical` does (https://arxiv.org/abs/1611.01144, the Gumbel-max trick).
+        shape, dtype = warm.shape[1:], warm.dtype
+        gumbel = jax.vmap(lambda key: jax.random.gumbel(key, shape, dtype))(keys)
+        token = _largest(warm + gumbel)
         # A temperature next to 0 may leave nothing finite: then the likeliest, never one that is
         # ruled out.
         there = jnp.take_along_axis(warm, token[:, None], axis=-1)[:, 0] > -jnp.inf
