@@ -12,7 +12,7 @@ import pathlib
 import ml_collections
 
 from starflow2_jax.bundle import Bundle
-from starflow2_jax.data.emoji import EmojiData, EmojiSet, cached_set
+from starflow2_jax.data.emoji import EmojiData, EmojiSet, RecolouredSource, cached_set
 from starflow2_jax.data.emoji_archive import (
     SIZE,
     load_pictures,
@@ -59,7 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.stages = group()
     config.stages.pretrain_lm = _stage(
         dict(rows=16, length=168, images=6),
-        dict(draw=2.0, nothing=0.3, category=2.0, tone=1.0),
+        dict(draw=2.0, nothing=0.3, category=2.0, tone=1.0, colour=1.0),
         dict(steps=150, learning_rate=3e-3, warmup=20),
     )
     config.stages.text_to_image = _stage(
@@ -74,8 +74,8 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.stages.joint = _stage(
         dict(rows=16, length=168, images=6),
-        dict(draw=3.0, nothing=0.4, category=1.0, tone=4.0),
-        dict(steps=350, learning_rate=6e-4, warmup=50, weight_decay=0.1),
+        dict(draw=3.0, nothing=0.4, category=1.0, tone=6.0, colour=6.0),
+        dict(steps=1000, learning_rate=2e-3, warmup=50, weight_decay=0.1),
     )
     config.checkpoint = group(dict(every=250, keep_last=1))
     config.evaluation = group(dict(every=250, batches=2, samples=500))
@@ -83,7 +83,7 @@ def get_config() -> ml_collections.ConfigDict:
         dict(
             groups=4,
             drawings=128,
-            edits=4,
+            edits=22,
             questions=96,
             guidance=1.0,
             temperature=0.9,
@@ -147,7 +147,8 @@ def make_task(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Pretz
     sets = {}
     for split in SPLITS:
         cache = workdir / "latents" / split
-        cache_latents(fae, FolderSource(emoji / split), cache, keep=("file",), shard=1024)
+        pictures = RecolouredSource(FolderSource(emoji / split))
+        cache_latents(fae, pictures, cache, keep=("file",), shard=1024)
         wanted = [one for one in read_manifest(emoji) if one.split == split]
         sets[split] = cached_set(wanted, LatentSource(cache, about["checksum"]))
     shape = (SIZE, SIZE, 3)

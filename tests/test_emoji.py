@@ -10,9 +10,11 @@ from PIL import Image
 
 from starflow2_jax.cli.main import main
 from starflow2_jax.data import emoji, emoji_archive
+from starflow2_jax.data.decoding import decode
 from starflow2_jax.data.emoji import Conversations, EmojiSet
 from starflow2_jax.data.emoji_archive import group_of, read_manifest, split_of, write_emoji
 from starflow2_jax.data.sequences import ImageShape
+from starflow2_jax.data.sources import FolderSource
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.pretzel import Kind
 
@@ -169,15 +171,49 @@ def test_conversations_draw_tell_and_edit(folder):
         ask, answer = made.turns("tone", rng, in_words=False)
         before, after = (
             next(i for i in range(8) if (pixels[i] == image).all())
-            for image in (ask.parts[0], answer.parts[0])
+            for image in (ask.parts[1], answer.parts[0])
         )
-        assert ask.parts[1] == f"make the skin tone {found[after].tones[0]}"
+        assert ask.parts[0] == f"make the skin tone {found[after].tones[0]}"
         assert found[before].base == found[after].base and before != after
+    forms = {name: change(pixels) for name, change in emoji.COLOURS.items()}
+    others = {name: form for name, form in forms.items() if name != emoji.NATURAL}
+    coloured = Conversations(EmojiSet(found, pixels, others), made.tokenizer, made.shape)
+    asked = set()
+    for _ in range(20):
+        ask, answer = coloured.turns("colour", rng, in_words=False)
+        (before, i), (after, j) = (
+            next(
+                (name, i) for name, form in forms.items() for i in range(8) if (form[i] == p).all()
+            )
+            for p in (ask.parts[1], answer.parts[0])
+        )
+        assert ask.parts[0] == f"make the colours {after}" and before != after and i == j
+        asked.add(after)
+    assert asked == set(emoji.COLOURS)
+    document = coloured.document("colour", rng, in_words=True)
+    assert (document.tokens == made.tokenizer.special.image_pad).any()
     document = made.document("draw", rng, in_words=False)
     assert (document.kinds == Kind.LATENT).sum() == 16 and len(document.images) == 1
     words = made.document("draw", rng, in_words=True)
     assert not (words.kinds == Kind.LATENT).any()
     assert (words.tokens == made.tokenizer.special.image_pad).any()
+
+
+def test_recoloured_pictures_are_a_source(folder):
+    plain = FolderSource(folder / "train")
+    source = emoji.RecolouredSource(plain)
+    shape = ImageShape(64, 64, 3, 4)
+    assert len(source) == 3 * len(plain)
+    assert len({source.name(i) for i in range(len(source))}) == len(source)
+    for i in range(len(source)):
+        word, file = source[i].text("file").split("/")
+        pixels = decode(plain[i % len(plain)].image("image"), shape)
+        assert file == plain[i % len(plain)].text("file")
+        np.testing.assert_array_equal(
+            decode(source[i].image("image"), shape), emoji.COLOURS[word](pixels)
+        )
+    grey = emoji.COLOURS["grey"](np.array([[[255, 0, 0], [10, 20, 30]]], np.uint8))
+    assert grey.tolist() == [[[76, 76, 76], [18, 18, 18]]]
 
 
 def test_documents_depend_on_seed_and_index_alone(folder):

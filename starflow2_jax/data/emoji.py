@@ -1,27 +1,48 @@
-"""Emoji as conversations: drawing from a name, telling the category, changing the skin tone.
+"""Emoji as conversations: drawing from a name, telling the category, changing colours.
 
 Pictures are cached latents of an FAE in training, or pixels: whatever `images` holds.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 
 from starflow2_jax.data.batches import Documents
 from starflow2_jax.data.emoji_archive import TONES, Emoji
 from starflow2_jax.data.latents import LatentSource
 from starflow2_jax.data.mixture import random_documents
 from starflow2_jax.data.sequences import Document, ImageShape, Turn, Words, encode_turns
+from starflow2_jax.data.sources import Record, Source
 from starflow2_jax.data.tokenizer import Tokenizer, train_tokenizer
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.codec import Codec
 
-Task = Literal["draw", "nothing", "category", "tone"]
+Task = Literal["draw", "nothing", "category", "tone", "colour"]
 QUESTION = "what kind of thing is this?"
+NATURAL = "natural"
 _TONE_WORDS = tuple(TONES.values())
+_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    return np.repeat(np.round(image @ _LUMA).astype(np.uint8)[..., None], 3, -1)
+
+
+COLOURS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    NATURAL: lambda image: image,
+    "grey": _grey,
+    "swapped": lambda image: np.ascontiguousarray(image[..., ::-1]),  # red and blue
+}
+"""Other colours of a picture uint8 [..., 3], by the word that asks for them.
+
+Any emoji has them, where few have skin tones: to keep a picture's form and change its colours is
+learned from all emoji. (From those with skin tones alone a model learns by heart what they are.)
+"""
 
 
 def category(emoji: Emoji) -> str:
@@ -34,10 +55,25 @@ def tone_request(tone: str) -> str:
     return f"make the skin tone {tone}"
 
 
+def colour_request(colours: str) -> str:
+    """What a user writes to have other colours; a word of `COLOURS`."""
+    return f"make the colours {colours}"
+
+
+def edit_parts(request: str, picture: np.ndarray | Words) -> tuple[str, np.ndarray | Words]:
+    """What a user says to have a picture changed.
+
+    The request comes first: so the two pictures are equally far apart whatever it says, and what a
+    place of one is made from lies at the same distance from it.
+    """
+    return request, picture
+
+
 @functools.cache
 def tokenizer_of(emoji: tuple[Emoji, ...]) -> Tokenizer:
     """A byte-level BPE in which the common words of these emoji are one token each."""
-    texts = [QUESTION, *map(tone_request, _TONE_WORDS)] * 100
+    requests = [*map(tone_request, _TONE_WORDS), *map(colour_request, COLOURS)]
+    texts = [QUESTION, *requests] * 100
     for one in emoji:
         texts += [one.caption, category(one)]
     return train_tokenizer(texts, vocab_size=1024)
@@ -50,10 +86,16 @@ class EmojiSet:
     Attributes:
         emoji: n of them.
         images: uint8 [n, H, W, 3], or cached latents bfloat16 [n, N, 2C].
+        recoloured: the same in other colours, by the words of `COLOURS` but for the natural ones.
     """
 
     emoji: tuple[Emoji, ...]
     images: np.ndarray
+    recoloured: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def in_colours(self, colours: str) -> np.ndarray:
+        """As `images`, in the colours of a word of `COLOURS`."""
+        return self.images if colours == NATURAL else self.recoloured[colours]
 
     @functools.cached_property
     def by_base(self) -> list[np.ndarray]:
@@ -74,17 +116,56 @@ class EmojiSet:
         return found
 
 
+class RecolouredSource(Source):
+    """Pictures of a source, uint8 in files of red, green and blue, once in each of `COLOURS`.
+
+    The field `file` is the colours' word and the file's own: `grey/1f600.png`.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(COLOURS) * len(self._source)
+
+    def _at(self, index: int) -> tuple[str, int]:
+        colours, place = divmod(index, len(self._source))
+        return tuple(COLOURS)[colours], place
+
+    def name(self, index: int) -> str:
+        """The colours' word and the picture's name."""
+        colours, place = self._at(index)
+        return f"{colours}/{self._source.name(place)}"
+
+    def __getitem__(self, index: int) -> Record:
+        colours, place = self._at(index)
+        record = self._source[place]
+        data = record.image("image")
+        if colours != NATURAL:
+            with Image.open(io.BytesIO(data)) as image:
+                changed = COLOURS[colours](np.asarray(image.convert("RGB")))
+            file = io.BytesIO()
+            Image.fromarray(changed).save(file, "PNG")
+            data = file.getvalue()
+        fields = {"image": data, "file": f"{colours}/{record.text('file')}"}
+        return Record(f"{record.name} ({colours})", fields)
+
+
 def cached_set(emoji: Sequence[Emoji], source: LatentSource) -> EmojiSet:
-    """A split with the latents of a cache that kept the field `file`.
+    """A split with the latents of a cache of a `RecolouredSource` that kept the field `file`.
 
     Raises:
         UserError: the cache lacks one.
     """
-    places = {source[i].text("file").rsplit("/", 1)[-1]: i for i in range(len(source))}
-    missing = [one.file for one in emoji if one.file not in places]
-    if missing:
-        raise UserError(f"the cached latents lack {len(missing)} emoji ({missing[0]}, ...)")
-    return EmojiSet(tuple(emoji), np.stack([source.moments(places[one.file]) for one in emoji]))
+    places = {source[i].text("file"): i for i in range(len(source))}
+    images = {}
+    for colours in COLOURS:
+        missing = [one.file for one in emoji if f"{colours}/{one.file}" not in places]
+        if missing:
+            raise UserError(f"the cached latents lack {len(missing)} emoji ({missing[0]}, ...)")
+        some = [source.moments(places[f"{colours}/{one.file}"]) for one in emoji]
+        images[colours] = np.stack(some)
+    return EmojiSet(tuple(emoji), images.pop(NATURAL), images)
 
 
 class Conversations:
@@ -95,29 +176,31 @@ class Conversations:
         self.tokenizer = tokenizer
         self.shape = shape
 
-    def _votes(self, shown: Emoji, rng: np.random.Generator, drawn: bool) -> Words:
+    def _votes(self, shown: Emoji, colours: str, rng: np.random.Generator, drawn: bool) -> Words:
         """A picture in words: each place says a piece of its caption or its category, or nothing.
 
-        Places that show the skin tone say so; else it would be lost among the others.
+        Places that show the skin tone or other colours than the natural ones say so; else that
+        would be lost among the others.
         """
+        told = shown.tones if colours == NATURAL else (colours,)
         places = self.shape.side**2
         said = self.tokenizer.encode(shown.name), self.tokenizer.encode(category(shown))
         ids = np.full(places, self.tokenizer.special.image_pad, np.int32)
         share = rng.uniform(0.3, 0.9)
         for place in np.flatnonzero(rng.random(places) < share):
             words = said[int(rng.random() < 0.4)]
-            if shown.tones and rng.random() < 0.4:
-                words = self.tokenizer.encode(shown.tones[rng.integers(len(shown.tones))])
+            if told and rng.random() < 0.4:
+                words = self.tokenizer.encode(told[rng.integers(len(told))])
             ids[place] = words[rng.integers(len(words))]
         return Words(ids, drawn)
 
     def turns(self, task: Task, rng: np.random.Generator, in_words: bool) -> list[Turn]:
         """One conversation; pictures as images, or in words for a model without pixels."""
 
-        def picture(index: int, drawn: bool) -> np.ndarray | Words:
+        def picture(index: int, drawn: bool, colours: str = NATURAL) -> np.ndarray | Words:
             if in_words:
-                return self._votes(self.emoji.emoji[index], rng, drawn)
-            return self.emoji.images[index]
+                return self._votes(self.emoji.emoji[index], colours, rng, drawn)
+            return self.emoji.in_colours(colours)[index]
 
         if task == "tone":
             toned = self.emoji.toned
@@ -125,11 +208,17 @@ class Conversations:
             before, after = rng.choice(len(_TONE_WORDS), 2, replace=False)
             request = tone_request(_TONE_WORDS[after])
             return [
-                Turn("user", (picture(variants[before], False), request)),
+                Turn("user", edit_parts(request, picture(variants[before], False))),
                 Turn("assistant", (picture(variants[after], True),)),
             ]
         index = int(rng.choice(self.emoji.by_base[rng.integers(len(self.emoji.by_base))]))
         shown = self.emoji.emoji[index]
+        if task == "colour":
+            before, after = map(str, rng.choice(tuple(COLOURS), 2, replace=False))
+            return [
+                Turn("user", edit_parts(colour_request(after), picture(index, False, before))),
+                Turn("assistant", (picture(index, True, after),)),
+            ]
         if task == "category":
             return [
                 Turn("user", (picture(index, False), QUESTION)),

@@ -32,6 +32,7 @@ from starflow2_jax.sampling import display
 
 NAMES = 32
 SHOWN = 32
+SHOWN_EDITS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ReportConfig:
     Attributes:
         groups: of `NAMES` emoji, among which retrieval is done, of each split.
         drawings: captions drawn, half of them held out; the first of each half are shown.
-        edits: emoji whose skin tone is changed, to each of the five.
+        edits: emoji whose skin tone is changed, and so many whose colours are.
         questions: emoji that are asked about.
         guidance, temperature: of drawings and edits.
         seed: of all sampling.
@@ -181,28 +182,73 @@ def _draw(
 
 
 def _edit(
-    model: Model, emoji: EmojiSet, config: ReportConfig, folder: pathlib.Path
+    model: Model,
+    real: np.ndarray,
+    requests: Sequence[str],
+    config: ReportConfig,
+    path: pathlib.Path,
 ) -> dict[str, float]:
-    """Each emoji's light form, asked for in the other tones; the real forms above the drawn."""
-    tones = tuple(TONES.values())
-    toned = emoji.toned[: config.edits]
-    if not toned:
+    """Pictures in the first of their forms, asked for in the others.
+
+    Args:
+        model: the model.
+        real: uint8 [n, F, H, W, 3], of n emoji the F forms.
+        requests: for each form.
+        config: see `ReportConfig`.
+        path: of a picture of the first few: real forms, and below them what was drawn.
+
+    Returns:
+        `accuracy`: how often the nearest of the emoji's real forms is the one that was asked for;
+        `chance`; `emoji_accuracy`: how often the nearest of all n emoji in that form is the right
+        one; `emoji_chance`; `edits`. Nothing if there are no emoji.
+    """
+    count, forms = real.shape[:2]
+    if not count:
         return {}
-    pairs = [(variants, after) for variants in toned for after in range(1, len(tones))]
-    prompts = [_ask(emoji.images[v[0]], talk.tone_request(tones[after])) for v, after in pairs]
+    cases = [(emoji, form) for emoji in range(count) for form in range(1, forms)]
+    prompts = [_ask(*talk.edit_parts(requests[form], real[emoji, 0])) for emoji, form in cases]
     sampling = Sampling(config.guidance, config.temperature, seed=config.seed + 3)
     drawn = np.asarray(model.bundle.codec.to_uint8(model.draw_latents(prompts, sampling)))
-    right = []
-    for (variants, after), picture in zip(pairs, drawn, strict=True):
-        forms = emoji.images[variants].astype(np.float64)
-        distances = np.square(forms - picture).mean((1, 2, 3))
-        right.append(int(distances.argmin()) == after)
+
+    def nearest(picture: np.ndarray, others: np.ndarray) -> int:
+        squares = np.square(others.astype(np.float64) - picture)
+        return int(squares.mean((1, 2, 3)).argmin())
+
+    own = [nearest(d, real[e]) == f for d, (e, f) in zip(drawn, cases, strict=True)]
+    right = [nearest(d, real[:, f]) == e for d, (e, f) in zip(drawn, cases, strict=True)]
     sheet = []
-    for number, variants in enumerate(toned):
-        mine = drawn[number * (len(tones) - 1) :][: len(tones) - 1]
-        sheet += [*emoji.images[variants], emoji.images[variants[0]], *mine]
-    grid(sheet, len(tones), scale=1).save(folder / "edits.png")
-    return {"tone_accuracy": float(np.mean(right)), "tone_chance": 1 / 5, "edits": len(right)}
+    for number in range(min(SHOWN_EDITS, count)):
+        mine = drawn[number * (forms - 1) :][: forms - 1]
+        sheet += [*real[number], real[number, 0], *mine]
+    grid(sheet, forms, scale=1).save(path)
+    return {
+        "accuracy": float(np.mean(own)),
+        "chance": 1.0 / forms,
+        "emoji_accuracy": float(np.mean(right)),
+        "emoji_chance": 1.0 / count,
+        "edits": len(cases),
+    }
+
+
+def _edits(
+    model: Model, emoji: EmojiSet, config: ReportConfig, folder: pathlib.Path
+) -> dict[str, float]:
+    """`_edit` of skin tones, light first, and of colours, natural first."""
+    toned = emoji.toned[: config.edits]
+    tones = np.array([emoji.images[variants] for variants in toned]).reshape(
+        -1, len(TONES), *emoji.images.shape[1:]
+    )
+    plain = emoji.images[_plain(emoji, config.edits, config.seed + 4)]
+    colours = np.stack([change(plain) for change in talk.COLOURS.values()], axis=1)
+    found = {
+        "tone": (tones, [talk.tone_request(tone) for tone in TONES.values()], "edits.png"),
+        "colour": (colours, [*map(talk.colour_request, talk.COLOURS)], "recoloured.png"),
+    }
+    return {
+        f"{kind}_{name}": value
+        for kind, (real, requests, file) in found.items()
+        for name, value in _edit(model, real, requests, config, folder / file).items()
+    }
 
 
 def _questions(model: Model, emoji: EmojiSet, config: ReportConfig) -> dict[str, float]:
@@ -240,7 +286,7 @@ def write_report(
         "seen": retrieval(model, splits["train"], config),
     }
     report |= _draw(model, untuned, judge, splits, noise_std, config, workdir)
-    report |= _edit(model, splits["test"], config, workdir)
+    report |= _edits(model, splits["test"], config, workdir)
     report |= _questions(model, splits["test"], config)
     stages = {
         row["stage"]: row
@@ -271,7 +317,9 @@ def write_report(
         "Captions (held out, seen, in turn): the original; the drawing with decoders tuned to the "
         "noise; after a score step, decoders not tuned; with the noise, decoders not tuned.\n\n"
         "![drawings](drawings.png)\n\nSkin tones: real forms, and below them the light one with "
-        "what was drawn for the others.\n\n![edits](edits.png)\n\n![losses](losses.png)\n",
+        "what was drawn for the others.\n\n![edits](edits.png)\n\nColours, in the same way: "
+        f"{', '.join(talk.COLOURS)}.\n\n![recoloured](recoloured.png)\n\n"
+        "![losses](losses.png)\n",
         encoding="utf-8",
     )
     print(table)
