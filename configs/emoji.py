@@ -59,8 +59,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.stages = group()
     config.stages.pretrain_lm = _stage(
         dict(rows=16, length=168, images=6),
-        dict(draw=2.0, nothing=0.3, category=2.0, tone=1.0, colour=1.0),
-        dict(steps=150, learning_rate=3e-3, warmup=20),
+        dict(draw=2.0, nothing=0.3, category=2.0, tone=2.0, restore=2.0),
+        dict(steps=250, learning_rate=3e-3, warmup=20),
     )
     config.stages.text_to_image = _stage(
         dict(rows=32, length=42, images=1),
@@ -74,7 +74,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.stages.joint = _stage(
         dict(rows=16, length=168, images=6),
-        dict(draw=3.0, nothing=0.4, category=1.0, tone=6.0, colour=6.0),
+        dict(draw=5.0, nothing=1.0, category=1.0, tone=5.0, restore=5.0),
         dict(steps=1000, learning_rate=2e-3, warmup=50, weight_decay=0.1),
     )
     config.checkpoint = group(dict(every=250, keep_last=1))

@@ -22,8 +22,9 @@ from starflow2_jax.data.tokenizer import Tokenizer, train_tokenizer
 from starflow2_jax.errors import UserError
 from starflow2_jax.models.codec import Codec
 
-Task = Literal["draw", "nothing", "category", "tone", "colour"]
+Task = Literal["draw", "nothing", "category", "tone", "restore"]
 QUESTION = "what kind of thing is this?"
+RESTORE = "restore the colours"
 NATURAL = "natural"
 _TONE_WORDS = tuple(TONES.values())
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
@@ -38,10 +39,10 @@ COLOURS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "grey": _grey,
     "swapped": lambda image: np.ascontiguousarray(image[..., ::-1]),  # red and blue
 }
-"""Other colours of a picture uint8 [..., 3], by the word that asks for them.
+"""A picture uint8 [..., 3] in its own colours and in others, from which those are to be restored.
 
 Any emoji has them, where few have skin tones: to keep a picture's form and change its colours is
-learned from all emoji. (From those with skin tones alone a model learns by heart what they are.)
+learned from all emoji. (Those with skin tones alone are few enough to be learned by heart.)
 """
 
 
@@ -53,11 +54,6 @@ def category(emoji: Emoji) -> str:
 def tone_request(tone: str) -> str:
     """What a user writes to have a skin tone changed; `tone` is a word of `TONES`."""
     return f"make the skin tone {tone}"
-
-
-def colour_request(colours: str) -> str:
-    """What a user writes to have other colours; a word of `COLOURS`."""
-    return f"make the colours {colours}"
 
 
 def edit_parts(request: str, picture: np.ndarray | Words) -> tuple[str, np.ndarray | Words]:
@@ -72,8 +68,7 @@ def edit_parts(request: str, picture: np.ndarray | Words) -> tuple[str, np.ndarr
 @functools.cache
 def tokenizer_of(emoji: tuple[Emoji, ...]) -> Tokenizer:
     """A byte-level BPE in which the common words of these emoji are one token each."""
-    requests = [*map(tone_request, _TONE_WORDS), *map(colour_request, COLOURS)]
-    texts = [QUESTION, *requests] * 100
+    texts = [QUESTION, RESTORE, *map(tone_request, _TONE_WORDS), *COLOURS] * 100
     for one in emoji:
         texts += [one.caption, category(one)]
     return train_tokenizer(texts, vocab_size=1024)
@@ -213,11 +208,11 @@ class Conversations:
             ]
         index = int(rng.choice(self.emoji.by_base[rng.integers(len(self.emoji.by_base))]))
         shown = self.emoji.emoji[index]
-        if task == "colour":
-            before, after = map(str, rng.choice(tuple(COLOURS), 2, replace=False))
+        if task == "restore":
+            changed = str(rng.choice([colours for colours in COLOURS if colours != NATURAL]))
             return [
-                Turn("user", edit_parts(colour_request(after), picture(index, False, before))),
-                Turn("assistant", (picture(index, True, after),)),
+                Turn("user", edit_parts(RESTORE, picture(index, False, changed))),
+                Turn("assistant", (picture(index, True),)),
             ]
         if task == "category":
             return [

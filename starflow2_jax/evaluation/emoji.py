@@ -42,7 +42,7 @@ class ReportConfig:
     Attributes:
         groups: of `NAMES` emoji, among which retrieval is done, of each split.
         drawings: captions drawn, half of them held out; the first of each half are shown.
-        edits: emoji whose skin tone is changed, and so many whose colours are.
+        edits: emoji whose skin tone is changed, and so many whose colours are restored.
         questions: emoji that are asked about.
         guidance, temperature: of drawings and edits.
         seed: of all sampling.
@@ -193,7 +193,7 @@ def _edit(
     Args:
         model: the model.
         real: uint8 [n, F, H, W, 3], of n emoji the F forms.
-        requests: for each form.
+        requests: for each form; the first is not asked for.
         config: see `ReportConfig`.
         path: of a picture of the first few: real forms, and below them what was drawn.
 
@@ -233,16 +233,18 @@ def _edit(
 def _edits(
     model: Model, emoji: EmojiSet, config: ReportConfig, folder: pathlib.Path
 ) -> dict[str, float]:
-    """`_edit` of skin tones, light first, and of colours, natural first."""
+    """`_edit` of skin tones, from the light one, and of colours that are restored."""
     toned = emoji.toned[: config.edits]
     tones = np.array([emoji.images[variants] for variants in toned]).reshape(
         -1, len(TONES), *emoji.images.shape[1:]
     )
     plain = emoji.images[_plain(emoji, config.edits, config.seed + 4)]
-    colours = np.stack([change(plain) for change in talk.COLOURS.values()], axis=1)
+    changes = [change for name, change in talk.COLOURS.items() if name != talk.NATURAL]
+    changed = [changes[n % len(changes)](image) for n, image in enumerate(plain)]
+    pairs = np.stack([np.stack(changed), plain], axis=1)
     found = {
         "tone": (tones, [talk.tone_request(tone) for tone in TONES.values()], "edits.png"),
-        "colour": (colours, [*map(talk.colour_request, talk.COLOURS)], "recoloured.png"),
+        "restore": (pairs, ["", talk.RESTORE], "restored.png"),
     }
     return {
         f"{kind}_{name}": value
@@ -317,8 +319,9 @@ def write_report(
         "Captions (held out, seen, in turn): the original; the drawing with decoders tuned to the "
         "noise; after a score step, decoders not tuned; with the noise, decoders not tuned.\n\n"
         "![drawings](drawings.png)\n\nSkin tones: real forms, and below them the light one with "
-        "what was drawn for the others.\n\n![edits](edits.png)\n\nColours, in the same way: "
-        f"{', '.join(talk.COLOURS)}.\n\n![recoloured](recoloured.png)\n\n"
+        "what was drawn for the others.\n\n![edits](edits.png)\n\nPictures in other colours and "
+        "as they are, and below them what was drawn to restore the colours.\n\n"
+        "![restored](restored.png)\n\n"
         "![losses](losses.png)\n",
         encoding="utf-8",
     )

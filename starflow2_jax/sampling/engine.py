@@ -196,12 +196,12 @@ class Engine:
         """
         events = self._leave()
         self._join()
-        busy = [group for group in self._at_rest() if group.taken]
+        taken = [group for group in self._at_rest() if group.taken]
         waiting = bool(self._queue)
         if len(self._groups) == 1:
             with self._placed():
-                return events + self._seen([e for group in busy for e in group.round(waiting)])
-        for group in busy:
+                return events + self._seen([e for group in taken for e in group.round(waiting)])
+        for group in taken:
             self._running[self._pool.submit(group.round, waiting)] = group
         first = concurrent.futures.FIRST_COMPLETED
         for future in concurrent.futures.wait(self._running, return_when=first).done:
@@ -230,8 +230,8 @@ class Engine:
         return rules.use(self._mesh, rules.SERVING)
 
     def _at_rest(self) -> list[RowGroup]:
-        running = set(map(id, self._running.values()))
-        return [group for group in self._groups if id(group) not in running]
+        running = self._running.values()
+        return [group for group in self._groups if group not in running]
 
     def _seen(self, events: list[Event]) -> list[Event]:
         """Takes note of the requests that are done."""
