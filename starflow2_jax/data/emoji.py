@@ -112,7 +112,7 @@ class EmojiSet:
 
 
 class RecolouredSource(Source):
-    """Pictures of a source, uint8 in files of red, green and blue, once in each of `COLOURS`.
+    """Pictures of a source, image files, once in each of `COLOURS`.
 
     The field `file` is the colours' word and the file's own: `grey/1f600.png`.
     """
