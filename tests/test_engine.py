@@ -32,6 +32,7 @@ from starflow2_jax.sampling.prompts import Image, Text, extended
 from starflow2_jax.sampling.state import row_settings
 
 SIZES = EngineConfig(rows=3, twins=2, context=64, images=2, chunk=24, chunks=2, steps=3)
+TWO_GROUPS = dataclasses.replace(SIZES, rows=4, twins=2, groups=2)
 FLOAT32 = dataclasses.replace(tiny.config("float32"), special=CONFIG.special)
 
 
@@ -117,9 +118,6 @@ def test_in_company_or_alone_the_bits_are_the_same_and_nothing_is_compiled_again
         same(together[n], theirs)
         same(found[numbers[order.index(n)]], theirs)
     assert traced() == before
-
-
-TWO_GROUPS = dataclasses.replace(SIZES, rows=4, twins=2, groups=2)
 
 
 def test_groups_of_rows_give_the_bits_of_one_group():
